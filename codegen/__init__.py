@@ -1,0 +1,1 @@
+"""From KernelSpec to a callable: catalogue, rendering, building, loading, timing."""
