@@ -230,7 +230,7 @@ class Report:
     def __rich__(self) -> RenderableType:
         from sparsec import report_text
 
-        return report_text.renderable(self)
+        return report_text.Renderable(self)
 
     def __str__(self) -> str:
         """The table as plain text of at most 120 columns."""
