@@ -1,0 +1,109 @@
+"""Storage formats of sparse weights: one frozen descriptor per file, found by name in `FORMATS`."""
+
+from __future__ import annotations
+
+import re
+
+from sparsec.errors import SpecError, nearest
+from sparsec.formats._base import Buffers, Format, pattern
+from sparsec.formats.bitmask import Bitmask
+from sparsec.formats.bsr import BSR
+from sparsec.formats.csr import CSR
+from sparsec.formats.dense import Dense
+
+FORMATS: dict[str, type[Format]] = {cls.name: cls for cls in (Dense, CSR, Bitmask, BSR)}
+"""Name in canonical text -> class. A user's formats join through `register_format`."""
+
+_TOKEN = re.compile(r"([a-z][a-z0-9_]*)|(-?(?:0|[1-9][0-9]*))(?![a-z0-9_])|([(),=])")
+
+
+def register_format(cls: type[Format]) -> None:
+    """Add a user's format under `cls.name`. Raises SpecError for a bad or taken name."""
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", cls.name):
+        raise SpecError(f"{cls.__name__}.name is {cls.name!r}, not a lower-case identifier such as 'ellpack'")
+    if cls.name in FORMATS:
+        raise SpecError(f"format name {cls.name!r} is taken by {FORMATS[cls.name].__name__}; choose another")
+    if not cls.buffers:
+        raise SpecError(f"{cls.__name__}.buffers is empty; name the buffers that pack() returns, 'values' first")
+    FORMATS[cls.name] = cls
+
+
+def parse(text: str) -> Format:
+    """The inverse of `Format.text()`: `parse("csr(index_bits=16,block=128)")`. Raises SpecError for any other text."""
+    tokens: list[str] = []
+    at = 0
+    while at < len(text):
+        found = _TOKEN.match(text, at)
+        if found is None:
+            raise SpecError(f"not the text of a format: {text[:120]!r}, unexpected {text[at]!r} at position {at}")
+        tokens.append(found.group())
+        at = found.end()
+    reader = _Reader(text[:120], tokens)
+    fmt = reader.format()
+    if reader.tokens:
+        raise SpecError(f"not the text of a format: {text[:120]!r}, {reader.tokens[0]!r} follows its end")
+    if fmt.text() != text:
+        raise SpecError(f"not the canonical text of a format: {text[:120]!r}; write {fmt.text()!r}")
+    return fmt
+
+
+class _Reader:
+    """Recursive descent: format := name ["(" name "=" value {","...} ")"]; value := int | format | "(" values ")"."""
+
+    def __init__(self, text: str, tokens: list[str]) -> None:
+        self.text = text
+        self.tokens = tokens
+
+    def take(self, expected: str | None = None) -> str:
+        token = self.tokens.pop(0) if self.tokens else "its end"
+        if expected is not None and token != expected:
+            raise SpecError(f"not the text of a format: {self.text!r}, expected {expected!r} but found {token!r}")
+        return token
+
+    def peek(self) -> str:
+        return self.tokens[0] if self.tokens else ""
+
+    def format(self) -> Format:
+        name = self.take()
+        cls = FORMATS.get(name)
+        if cls is None:
+            raise SpecError(f"unknown format {name!r} in {self.text!r}; {nearest(name, FORMATS)}")
+        fields: dict[str, object] = {}
+        if self.peek() == "(":
+            self.take("(")
+            while True:
+                key = self.take()
+                if key in fields:
+                    raise SpecError(f"format {name!r} has field {key!r} twice in {self.text!r}")
+                self.take("=")
+                fields[key] = self.value()
+                if self.peek() != ",":
+                    break
+                self.take(",")
+            self.take(")")
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            known = ", ".join(cls.__dataclass_fields__) or "none"
+            raise SpecError(f"format {name!r} cannot have the fields {tuple(fields)}; valid: {known}") from error
+
+    def value(self) -> object:
+        head = self.peek()
+        if head == "(":
+            self.take("(")
+            items = []
+            while self.peek() != ")":
+                items.append(self.value())
+                if self.peek() != ")":
+                    self.take(",")
+            self.take(")")
+            return tuple(items)
+        if head[:1].isalpha():
+            return self.format()
+        token = self.take()
+        if not token.lstrip("-").isdigit():
+            raise SpecError(f"not the text of a format: {self.text!r}, expected a value but found {token!r}")
+        return int(token)
+
+
+__all__ = ["BSR", "CSR", "FORMATS", "Bitmask", "Buffers", "Dense", "Format", "parse", "pattern", "register_format"]

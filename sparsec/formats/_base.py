@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from sparsec.errors import FormatError
+from sparsec.formats._pack import refuse_dtype
 
 Buffers = dict[str, torch.Tensor]
 """Buffer name -> tensor, always in the order of `Format.buffers`; the first one is always the floating `values`."""
@@ -21,8 +22,8 @@ class Format:
     Subclasses are frozen dataclasses whose fields are ints (or None for "to be chosen by `resolve`"), other formats or
     tuples of ints, so that a format is hashable and its `text()` can go into a kernel key.
 
-    The pattern of a weight is `weight != 0` unless a mask is given: NaN and Inf are stored, zeros of either sign are not.
-    Pruned positions are structural; they contribute nothing to a product, even times Inf or NaN.
+    The pattern of a weight is `weight != 0` unless a mask is given: NaN and Inf are stored, zeros of either sign are
+    not. Pruned positions are structural; they contribute nothing to a product, even times Inf or NaN.
     """
 
     name: ClassVar[str] = ""
@@ -36,9 +37,12 @@ class Format:
         """This format with every open (None) field fixed for a (rows, cols) matrix."""
         return self
 
-    def refuse(self, dense: torch.Tensor) -> str | None:
-        """Why this format cannot hold `dense` (rows, cols) exactly, with the first offending place; None if it can."""
-        return None
+    def refuse(self, dense: torch.Tensor, mask: torch.Tensor | None = None) -> str | None:
+        """Why this format cannot hold `dense` (rows, cols) exactly, with the first offending place; None if it can.
+
+        `mask` overrides the pattern as in `pack`.
+        """
+        return refuse_dtype(dense)
 
     def pack(self, dense: torch.Tensor, mask: torch.Tensor | None = None) -> Buffers:
         """Store `dense` (rows, cols). `mask` (bool, same shape) overrides the pattern `dense != 0`.
@@ -55,13 +59,21 @@ class Format:
         """Raise FormatError unless every index a kernel will follow is in range. Linear in the stored entries."""
         raise FormatError(f"{type(self).__name__} does not define validate(buffers, rows, cols)")
 
+    def positions(self, buffers: Buffers, rows: int, cols: int) -> torch.Tensor:
+        """The bool (rows, cols) mask of stored positions: what the structural pattern of the packed weight is.
+
+        It may be larger than the pattern that was packed, by the padding that the format stores.
+        """
+        ones = torch.ones_like(buffers["values"], dtype=torch.int8)
+        return self.unpack({**buffers, "values": ones}, rows, cols) != 0
+
     def nbytes(self, rows: int, cols: int, stored: int, itemsize: int) -> int:
         """Exact bytes of the buffers of a resolved format that stores `stored` values of `itemsize` bytes."""
         raise FormatError(f"{type(self).__name__} does not define nbytes(rows, cols, stored, itemsize)")
 
     def stored(self, dense: torch.Tensor) -> int:
         """How many values `pack(dense)` stores, padding included."""
-        return int(torch.count_nonzero(dense))
+        return int(torch.count_nonzero(pattern(dense).view(torch.uint8)))
 
     def fields(self) -> dict[str, Any]:
         """Field name -> value, for templates and for `text`."""
@@ -72,13 +84,24 @@ class Format:
         inner = ",".join(f"{k}={_canonical(v)}" for k, v in self.fields().items() if v is not None)
         return f"{self.name}({inner})" if inner else self.name
 
+    def accept(self, dense: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """`dense` detached and contiguous, and its pattern. Raises FormatError with the reason when refused."""
+        kept = pattern(dense, mask)
+        reason = self.refuse(dense, mask)
+        if reason is not None:
+            raise FormatError(f"{self.text()} cannot hold a {tuple(dense.shape)} weight: {reason}")
+        return dense.detach().contiguous(), kept
+
     def check_names(self, buffers: Buffers) -> None:
         """Raise FormatError unless the buffers are exactly those of this format, contiguous, and on one device."""
         if tuple(buffers) != self.buffers:
             raise FormatError(f"{self.name}: buffers are {tuple(buffers)}, expected {self.buffers} in this order")
         for key, tensor in buffers.items():
             if not tensor.is_contiguous():
-                raise FormatError(f"{self.name}: buffer {key!r} is not contiguous; call .contiguous() before packing")
+                raise FormatError(f"{self.name}: buffer {key!r} is not contiguous; call .contiguous() on it")
+            if tensor.device != buffers[self.buffers[0]].device:
+                where = tensor.device
+                raise FormatError(f"{self.name}: buffer {key!r} is on {where}, others elsewhere; move them together")
 
 
 def _canonical(value: Any) -> str:
@@ -94,7 +117,9 @@ def pattern(dense: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tens
     if dense.dim() != 2:
         raise FormatError(f"a format packs a 2-D (out, in) matrix, got shape {tuple(dense.shape)}; flatten it first")
     if mask is None:
-        return dense != 0
+        if (reason := refuse_dtype(dense)) is not None:
+            raise FormatError(reason)
+        return dense.detach() != 0
     if mask.dtype != torch.bool or mask.shape != dense.shape:
         raise FormatError(f"mask must be bool of shape {tuple(dense.shape)}, got {mask.dtype} {tuple(mask.shape)}")
     return mask
