@@ -1,0 +1,67 @@
+"""The choices behind the catalogue: which formats, batch plans and tiles are worth timing for a problem.
+
+Blocking keeps the packed activations of one panel (`block` inputs by NC batch columns of fp32) inside the L1 data cache
+while values and indices stream past them, the panel layout of Elsen et al., Fast Sparse ConvNets (CVPR 2020).
+"""
+
+from __future__ import annotations
+
+from sparsec.codegen.kernel import Plan, Problem
+from sparsec.formats import CSR, Bitmask, Format
+from sparsec.target import Target
+
+Tile = tuple[tuple[str, int], ...]
+
+DEFAULT_PLAN: Plan = ((1, "gemv", 1), (15, "panel", 16), (63, "panel", 32), (0, "panel", 64))
+
+
+def single(problem: Problem, fmt: Format, target: Target, isa: str) -> tuple[tuple[Plan, Tile], ...]:
+    """One kernel without a plan or a tile."""
+    return (((), ()),)
+
+
+def no_formats(problem: Problem, target: Target) -> tuple[Format, ...]:
+    """Leaves the format to the spec."""
+    return ()
+
+
+def no_needs(problem: Problem, fmt: Format, target: Target) -> str | None:
+    """Refuses nothing."""
+    return None
+
+
+def linear(problem: Problem, fmt: Format, target: Target, isa: str) -> tuple[tuple[Plan, Tile], ...]:
+    """GEMV for one row of x, then panels that widen with the batch."""
+    return ((DEFAULT_PLAN, ()),)
+
+
+def panel_block(target: Target, columns: int) -> int:
+    """Inputs per block, a power of two, so that block * columns fp32 activations fill at most half of L1d."""
+    fit = max(16, target.l1d // 2 // (4 * columns))
+    return 1 << (fit.bit_length() - 1)
+
+
+def _blocks(problem: Problem, target: Target, multiple: int = 1) -> tuple[int, ...]:
+    """Block sizes worth packing: for the widest and for the middle panel, and never beyond the matrix."""
+    whole = max(1, -(-problem.in_features // multiple)) * multiple
+    sizes = [min(whole, max(multiple, panel_block(target, columns))) for columns in (32, 64)]
+    return tuple(dict.fromkeys(sizes))
+
+
+def csr_formats(problem: Problem, target: Target) -> tuple[Format, ...]:
+    """CSR with 16-bit columns where they fit, at each block size."""
+    sizes = _blocks(problem, target)
+    return tuple(CSR(block=b).resolve(problem.out_features, problem.in_features) for b in sizes)
+
+
+def bitmask_formats(problem: Problem, target: Target) -> tuple[Format, ...]:
+    """Bitmasks of one vector each; smaller than CSR from 6 % density up, and branch-free at one row of x."""
+    if problem.density < 0.05:
+        return ()
+    sizes = _blocks(problem, target, 16)
+    return tuple(Bitmask(16, b) for b in sizes)
+
+
+def bsr_formats(problem: Problem, target: Target) -> tuple[Format, ...]:
+    """Blocks are a structure of the weight, not a choice: the spec or `annotate` names them."""
+    return ()
