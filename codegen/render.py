@@ -115,7 +115,7 @@ def c_float(value: Any) -> str:
         raise SpecError(
             f"c_float: {value!r} is beyond float32 (largest {FLOAT_MAX!r}); use inf if that is meant"
         ) from None
-    text = f"{abs(rounded).hex()}f"
+    text = re.sub(r"(\.0|[1-9a-f])0+p", r"\1p", abs(rounded).hex()) + "f"
     return f"(-{text})" if math.copysign(1.0, rounded) < 0 else text
 
 
