@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Union
+from typing import Any
 
 from sparsec.errors import SpecError, nearest
 from sparsec.formats import Format
@@ -20,7 +20,7 @@ class Auto:
     """Detect the structure that is there and let select choose among the formats that hold it."""
 
 
-Value = Union[Format, Auto, None]
+Value = Format | Auto | None
 """What a pattern maps to: a format, `Auto()`, or None, which leaves the site dense."""
 
 
@@ -28,7 +28,7 @@ Value = Union[Format, Auto, None]
 class Spec:
     """An ordered mapping from site patterns to a Format, `Auto()` or None (stay dense).
 
-    A pattern is a site's qualified name, `"re:<regex>"` that matches the whole name, a module type (the class, its name,
+    A pattern is a site's qualified name, `"re:<regex>"` that matches the whole name, a module type (a class, its name,
     or its dotted name), or `"_default"`. Precedence: exact name, then regexes (first wins), then type, then default; a
     site that nothing matches stays dense. A name without an ordinal matches every use of its module (`path`, `path#2`).
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from sparsec.errors import FormatError
-from sparsec.formats._pack import refuse_dtype
+from sparsec.formats._pack import nonzero, refuse_dtype
 
 Buffers = dict[str, torch.Tensor]
 """Buffer name -> tensor, always in the order of `Format.buffers`; the first one is always the floating `values`."""
@@ -119,7 +119,7 @@ def pattern(dense: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tens
     if mask is None:
         if (reason := refuse_dtype(dense)) is not None:
             raise FormatError(reason)
-        return dense.detach() != 0
+        return torch.from_numpy(nonzero(dense)).to(dense.device)
     if mask.dtype != torch.bool or mask.shape != dense.shape:
         raise FormatError(f"mask must be bool of shape {tuple(dense.shape)}, got {mask.dtype} {tuple(mask.shape)}")
     return mask

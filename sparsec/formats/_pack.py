@@ -42,6 +42,14 @@ def torch_view(array: np.ndarray, like: torch.Tensor) -> torch.Tensor:
     return (tensor.view(torch.bfloat16) if like.dtype == torch.bfloat16 else tensor).to(like.device)
 
 
+def nonzero(dense: torch.Tensor) -> np.ndarray:
+    """`dense != 0` as numpy: on one thread, since a sweep is faster than waking the pool for weights of common size."""
+    array = numpy_view(dense)
+    if dense.dtype in (torch.bfloat16, torch.float16):  # numpy has no fast half compare: drop the sign bit instead
+        return (array.view(np.uint16) << np.uint16(1)) != 0
+    return array != 0
+
+
 def unsigned(indices: torch.Tensor) -> np.ndarray:
     """Index buffers as numpy sees them: an int16 tensor holds uint16 bit patterns, int32 is what it says."""
     array = numpy_view(indices)
