@@ -1,0 +1,76 @@
+"""sparsec: a compiler that makes sparse and tensor-structured PyTorch models really faster, and proves it.
+
+    import sparsec
+    fast = sparsec.compile(model, None, example_inputs)   # None: use the sparsity that is there
+    print(sparsec.report(fast))
+"""
+
+from sparsec.api import (
+    analyze,
+    compile,
+    dense_state_dict,
+    draw,
+    graphs,
+    load_dense_state_dict,
+    report,
+    source,
+)
+from sparsec.codegen.backend import Backend
+from sparsec.codegen.catalog import Variant, register
+from sparsec.driver import Pass
+from sparsec.errors import (
+    CaptureError,
+    DependencyError,
+    DeviceError,
+    FormatError,
+    InputError,
+    LoadError,
+    PassError,
+    SparsecError,
+    SpecError,
+    ToolchainError,
+    VerifyError,
+)
+from sparsec.formats import BSR, CSR, Bitmask, Dense, Format
+from sparsec.passes import DEFAULT
+from sparsec.report import Report
+from sparsec.sparsifiers import sparsify
+from sparsec.spec import Auto, Spec
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BSR",
+    "CSR",
+    "DEFAULT",
+    "Auto",
+    "Backend",
+    "Bitmask",
+    "CaptureError",
+    "Dense",
+    "DependencyError",
+    "DeviceError",
+    "Format",
+    "FormatError",
+    "InputError",
+    "LoadError",
+    "Pass",
+    "PassError",
+    "Report",
+    "SparsecError",
+    "Spec",
+    "SpecError",
+    "ToolchainError",
+    "Variant",
+    "VerifyError",
+    "analyze",
+    "compile",
+    "dense_state_dict",
+    "draw",
+    "graphs",
+    "load_dense_state_dict",
+    "register",
+    "report",
+    "source",
+    "sparsify",
+]

@@ -1,0 +1,5 @@
+"""The `torch.library` ops that compiled graphs call; importing this registers them."""
+
+from sparsec.ops import linear
+
+__all__ = ["linear"]

@@ -1,0 +1,127 @@
+"""Which kernels could run a site: from the spec's value and the facts to a short list of candidates, or a reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from sparsec import codes
+from sparsec.codegen import catalog
+from sparsec.codegen.kernel import DTYPES, KernelSpec, Problem
+from sparsec.driver import Context
+from sparsec.errors import SpecError
+from sparsec.formats import Format
+from sparsec.graph import Fact, get_constant
+from sparsec.report import Row
+from sparsec.spec import Auto
+
+AUTO_DENSITY = 0.7
+"""Above this share of nonzeros `Auto` tries nothing: a sparse kernel saves less work than its bookkeeping costs."""
+
+_STRUCTURED = {"block": "bsr"}  # structure kind -> format name that `Auto` tries beside the unstructured ones
+_UNSTRUCTURED = ("csr", "bitmask")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A kernel that could run a site, on a weight packed in `format`."""
+
+    format: Format
+    spec: KernelSpec
+
+
+@dataclass
+class Proposal:
+    """A site on its way to a decision: its problem and candidates, best first."""
+
+    node: fx.Node
+    fact: Fact
+    problem: Problem
+    candidates: list[Candidate] = field(default_factory=list)
+    forced: bool = False  # the spec names a format, so that a refusal is an error of the user's
+
+
+def dense_row(fact: Fact, code: str, **values: Any) -> Row:
+    """The report row of a site that stays dense, with the sentence of `code`."""
+    itemsize = torch.empty((), dtype=getattr(torch, fact.dtype)).element_size()
+    size = fact.matrix[0] * fact.matrix[1] * itemsize
+    return Row(
+        site=fact.site, op=fact.op, shape=fact.shape, density=fact.density if fact.nnz >= 0 else 1.0,
+        nbytes=size, dense_nbytes=size, code=code, reason=codes.sentence(code, **values), error=0.0,
+    )  # fmt: skip
+
+
+def propose(gm: fx.GraphModule, node: fx.Node, fact: Fact, ctx: Context) -> Proposal | Row:
+    """The candidates of a site, or the row that says why it stays dense.
+
+    Raises SpecError when the spec names a format that the weight does not obey.
+    """
+    wanted = ctx.spec.match(fact.site, fact.module)
+    if wanted is None:
+        return dense_row(fact, codes.SPEC_DENSE)
+    if fact.refusal:
+        code, reason = fact.refusal
+        return Row(**{**dense_row(fact, codes.SPEC_DENSE).__dict__, "code": code, "reason": reason})
+    if fact.dtype not in DTYPES:
+        return dense_row(fact, codes.DTYPE, dtype=fact.dtype, known=", ".join(DTYPES))
+    if 0 in fact.shape:
+        return dense_row(fact, codes.EMPTY, shape=fact.shape)
+    rows, cols = fact.matrix
+    problem = Problem(
+        op=fact.op, out_features=rows, in_features=cols, dtype=fact.dtype, nnz=fact.nnz, bias=fact.bias is not None,
+        epilogue=fact.epilogue, batches=(), threads=torch.get_num_threads(),
+    )  # fmt: skip
+    if isinstance(wanted, Auto):
+        if fact.density > AUTO_DENSITY:
+            return dense_row(fact, codes.TOO_DENSE, density=fact.density)
+        formats = _auto_formats(fact, problem, ctx)
+    else:
+        weight = get_constant(gm, fact.weight).reshape(rows, cols)
+        refusal = wanted.refuse(weight)
+        if refusal:
+            raise SpecError(f"site {fact.site!r}: the weight does not obey {wanted.text()}: {refusal}")
+        formats = [wanted]
+    found, reasons = _candidates(formats, problem, ctx)
+    if not found:
+        return dense_row(fact, codes.NO_VARIANT, detail="; ".join(dict.fromkeys(reasons)) or "no format fits")
+    return Proposal(node, fact, problem, found, forced=not isinstance(wanted, Auto))
+
+
+def _auto_formats(fact: Fact, problem: Problem, ctx: Context) -> list[Format]:
+    """The formats worth trying for the structures that are really there, most specific first."""
+    from sparsec.formats import FORMATS
+
+    found: list[Format] = []
+    for structure in fact.structures:
+        name = _STRUCTURED.get(structure.kind)
+        if name:
+            found.append(FORMATS[name](*structure.params))
+    return found + [FORMATS[name]() for name in _UNSTRUCTURED]
+
+
+def _candidates(formats: list[Format], problem: Problem, ctx: Context) -> tuple[list[Candidate], list[str]]:
+    found: list[Candidate] = []
+    reasons: list[str] = []
+    for wanted in formats:
+        variants = catalog.variants_for(problem.op, wanted.name)
+        if not variants:
+            reasons.append(f"the catalogue has no kernel for {problem.op} with {wanted.name}")
+        for variant in variants:
+            for fmt in _concrete(variant, wanted, problem, ctx):
+                refusal = variant.refuse(problem, fmt, ctx.target)
+                if refusal:
+                    reasons.append(refusal)
+                    continue
+                found += [Candidate(fmt, spec) for spec in variant.specs(problem, fmt, ctx.target)]
+    return found, reasons
+
+
+def _concrete(variant: catalog.Variant, wanted: Format, problem: Problem, ctx: Context) -> list[Format]:
+    """`wanted` with its open fields set as the variant likes them; fields that the user set stay."""
+    given = {key: value for key, value in wanted.fields().items() if value is not None}
+    liked = variant.formats(problem, ctx.target)
+    agreeing = [fmt for fmt in liked if all(fmt.fields()[key] == value for key, value in given.items())]
+    return agreeing or [wanted.resolve(problem.out_features, problem.in_features)]

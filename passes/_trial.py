@@ -1,0 +1,255 @@
+"""Trying a site's candidates on real activations: pack, time against the dense op, verify in float64, decide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from sparsec import codes, cost, verify
+from sparsec.codegen import tune
+from sparsec.codegen.kernel import Kernel, KernelSpec
+from sparsec.driver import Context
+from sparsec.errors import VerifyError
+from sparsec.formats import Format
+from sparsec.formats._base import Buffers
+from sparsec.graph import get_constant
+from sparsec.ops.linear import OVERLOAD
+from sparsec.passes._propose import Candidate, Proposal, dense_row
+from sparsec.report import Row
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What select decided for a site that becomes sparse; lower installs it.
+
+    `dense_ranges` are inclusive (low, high) batch ranges that stay on the dense weight, high 0 for no limit.
+    """
+
+    format: Format
+    kernel: KernelSpec
+    buffers: Buffers = field(compare=False, repr=False)
+    dense_ranges: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass
+class Seconds:
+    """Where a compile spends its time, for the report."""
+
+    tune: float = 0.0
+    verify: float = 0.0
+
+
+class Trial:
+    """Decides sites one at a time. Packed weights are shared between the sites that share a weight."""
+
+    def __init__(self, gm: fx.GraphModule, ctx: Context, kernels: Mapping[KernelSpec, Kernel | Exception]) -> None:
+        self.gm, self.ctx, self.kernels = gm, ctx, kernels
+        self.seconds = Seconds()
+        self._packs: dict[tuple[str, Format], Buffers] = {}
+        self._machine = ctx.target.machine_id()
+
+    def decide(
+        self, proposal: Proposal, x: torch.Tensor, residual: torch.Tensor | None, batches: Sequence[int]
+    ) -> tuple[Choice | None, Row]:
+        """Choose for one site. x (..., in) are activations, `batches` the numbers of rows to time."""
+        built = [c for c in proposal.candidates if isinstance(self.kernels.get(c.spec), Kernel)]
+        if not built:
+            return None, self._unbuilt(proposal)
+        x = x.reshape(-1, x.shape[-1])
+        residual = residual.reshape(x.shape[0], -1) if residual is not None else None
+        begin = perf_counter()
+        times = self._times(proposal, built, x, residual, batches)
+        self.seconds.tune += perf_counter() - begin
+        order = range(len(built)) if times is None else sorted(range(len(built)), key=lambda i: sum(times[i + 1]))
+        failures = []
+        for index in order:
+            outcome = self._judge(proposal, built[index], times, index, batches)
+            if outcome[0] is None:
+                return outcome  # the fastest candidate loses, so all do
+            begin = perf_counter()
+            verdict = self._verify(proposal, built[index], x, residual)
+            self.seconds.verify += perf_counter() - begin
+            if verdict.ok:
+                return outcome
+            failures.append(f"{built[index].spec.variant}: {verdict.sentence}")
+        if self.ctx.options.fallback == "error":
+            raise VerifyError(f"site {proposal.fact.site!r}: {'; '.join(failures)}")
+        row = dense_row(proposal.fact, codes.VERIFY_FAILED, variant=built[0].spec.variant, detail="; ".join(failures))
+        return None, row
+
+    def _unbuilt(self, proposal: Proposal) -> Row:
+        spec = proposal.candidates[0].spec
+        detail = str(self.kernels.get(spec, "no kernel was built")).splitlines()[0]
+        return dense_row(proposal.fact, codes.BUILD_FAILED, variant=spec.variant, detail=detail)
+
+    # -- running -----------------------------------------------------------------------------------------------------
+
+    def pack(self, proposal: Proposal, fmt: Format) -> Buffers:
+        """The weight of a site in `fmt`, packed once."""
+        key = (proposal.fact.weight, fmt)
+        if key not in self._packs:
+            weight = get_constant(self.gm, proposal.fact.weight).detach()
+            packed = fmt.pack(weight.reshape(proposal.fact.matrix))
+            fmt.validate(packed, *proposal.fact.matrix)
+            self._packs[key] = packed
+        return self._packs[key]
+
+    def forget(self, keep: Sequence[Buffers]) -> None:
+        """Drop the packed weights that nobody chose."""
+        kept = {id(b) for b in keep}
+        self._packs = {k: b for k, b in self._packs.items() if id(b) in kept}
+
+    def _operands(self, proposal: Proposal) -> tuple[torch.Tensor, torch.Tensor | None]:
+        fact = proposal.fact
+        weight = get_constant(self.gm, fact.weight).detach().reshape(fact.matrix)
+        return weight, get_constant(self.gm, fact.bias).detach() if fact.bias else None
+
+    def _sparse(
+        self, proposal: Proposal, candidate: Candidate, x: torch.Tensor, residual: torch.Tensor | None
+    ) -> Callable[[], torch.Tensor]:
+        buffers = list(self.pack(proposal, candidate.format).values())
+        _, bias = self._operands(proposal)
+        text = candidate.spec.text()
+        return lambda: OVERLOAD(x, buffers, bias, residual, text)
+
+    def _verify(
+        self, proposal: Proposal, candidate: Candidate, x: torch.Tensor, residual: torch.Tensor | None
+    ) -> verify.Verdict:
+        weight, bias = self._operands(proposal)
+        with torch.inference_mode():
+            y = self._sparse(proposal, candidate, x, residual)()
+            return verify.check(y, x, weight, bias, proposal.fact.epilogue, residual)
+
+    # -- timing ------------------------------------------------------------------------------------------------------
+
+    def _times(
+        self,
+        proposal: Proposal,
+        built: list[Candidate],
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        batches: Sequence[int],
+    ) -> list[list[float]] | None:
+        """Microseconds [dense, candidate 0, ...][batch]; None when nothing is timed."""
+        if self.ctx.options.tune == "off":
+            return None
+        columns = [self._column(proposal, built, x, residual, batch) for batch in batches]
+        return [list(row) for row in zip(*columns, strict=True)]
+
+    def _column(
+        self, proposal: Proposal, built: list[Candidate], x: torch.Tensor, residual: torch.Tensor | None, batch: int
+    ) -> tuple[float, ...]:
+        if self.ctx.options.tune == "model":
+            estimates = [cost.dense_us(proposal.problem, batch, self.ctx.target)]
+            estimates += [cost.sparse_us(proposal.problem, c.format, c.spec, batch, self.ctx.target) for c in built]
+            return tuple(estimates)
+        key = tune.decision_key(proposal.problem, batch, [c.spec.text() for c in built], self._machine)
+        timing = tune.recall(key, len(built) + 1)
+        if timing is None:
+            xb, rb = _rows(x, batch), _rows(residual, batch) if residual is not None else None
+            weight, bias = self._operands(proposal)
+            steps = proposal.fact.epilogue
+            contenders: list[Callable[[], object]] = [
+                lambda: verify.apply_steps(steps, F.linear(xb, weight, bias), rb),
+                *(self._sparse(proposal, c, xb, rb) for c in built),
+            ]
+            timing = tune.measure(contenders)
+            tune.remember(key, timing)
+        return timing.medians
+
+    # -- deciding ----------------------------------------------------------------------------------------------------
+
+    def _judge(
+        self,
+        proposal: Proposal,
+        candidate: Candidate,
+        times: list[list[float]] | None,
+        index: int,
+        batches: Sequence[int],
+    ) -> tuple[Choice | None, Row]:
+        """The choice and row if `candidate` is taken, given the times; a None choice when dense stays."""
+        fact, options = proposal.fact, self.ctx.options
+        row = dense_row(fact, codes.SPEC_DENSE)
+        changes: dict[str, object] = {"variant": candidate.spec.variant, "batch": _batch(batches)}
+        values: dict[str, object] = {"variant": candidate.spec.variant, "format": candidate.format.text()}
+        ranges: tuple[tuple[int, int], ...] = ()
+        if times is None:
+            code = codes.INSTALLED_UNTIMED
+            values["tune"] = options.tune
+        else:
+            dense, sparse = times[0], times[index + 1]
+            changes |= {"dense_us": sum(dense), "sparse_us": sum(sparse)}
+            code, ranges = self._verdict(dense, sparse, batches)
+            values |= {
+                "speedup": sum(dense) / sum(sparse), "dense_us": sum(dense), "sparse_us": sum(sparse),
+                "min_speedup": options.min_speedup, "dense": _spans(ranges), "sparse": "the others",
+            }  # fmt: skip
+        changes |= {"code": code, "reason": codes.sentence(code, **values)}
+        if code in (codes.DENSE_FASTER, codes.WITHIN_MARGIN, codes.MODEL_SAYS_DENSE):
+            return None, _replace(row, changes)
+        buffers = self.pack(proposal, candidate.format)
+        size = sum(b.numel() * b.element_size() for b in buffers.values())
+        changes |= {
+            "decision": "sparse", "format": candidate.format.text(),
+            "nbytes": size + (row.dense_nbytes if ranges else 0),
+        }  # fmt: skip
+        return Choice(candidate.format, candidate.spec, buffers, ranges), _replace(row, changes)
+
+    def _verdict(
+        self, dense: list[float], sparse: list[float], batches: Sequence[int]
+    ) -> tuple[str, tuple[tuple[int, int], ...]]:
+        """The code, and the batch ranges that stay dense when only some are won."""
+        least = self.ctx.options.min_speedup
+        if least == 0:
+            return codes.INSTALLED_FORCED, ()
+        won = [d >= least * s for d, s in zip(dense, sparse, strict=True)]
+        modelled = self.ctx.options.tune == "model"
+        if all(won):
+            return (codes.INSTALLED_MODEL if modelled else codes.INSTALLED), ()
+        kept = sum(s if w else d for d, s, w in zip(dense, sparse, won, strict=True))
+        if any(won) and sum(dense) >= least * kept:
+            return codes.INSTALLED_BUCKETS, _ranges(batches, won)
+        if modelled:
+            return codes.MODEL_SAYS_DENSE, ()
+        return (codes.WITHIN_MARGIN if sum(sparse) <= sum(dense) else codes.DENSE_FASTER), ()
+
+
+def _rows(x: torch.Tensor, batch: int) -> torch.Tensor:
+    """`batch` rows of x, cyclically: real activations at a size that the example inputs do not have."""
+    if x.shape[0] == batch:
+        return x
+    return x[torch.arange(batch) % x.shape[0]]
+
+
+def _ranges(batches: Sequence[int], won: Sequence[bool]) -> tuple[tuple[int, int], ...]:
+    """Inclusive batch ranges of the lost buckets; two tested sizes divide at their geometric mean."""
+    spans: list[tuple[int, int]] = []
+    for i, wins in enumerate(won):
+        if wins:
+            continue
+        low = 1 if i == 0 else int((batches[i - 1] * batches[i]) ** 0.5) + 1
+        high = 0 if i == len(won) - 1 else int((batches[i] * batches[i + 1]) ** 0.5)
+        if spans and spans[-1][1] == low - 1:
+            spans[-1] = (spans[-1][0], high)
+        else:
+            spans.append((low, high))
+    return tuple(spans)
+
+
+def _spans(ranges: Sequence[tuple[int, int]]) -> str:
+    return ", ".join(f"{low} and more" if high == 0 else f"{low} to {high}" for low, high in ranges)
+
+
+def _batch(batches: Sequence[int]) -> int | tuple[int, ...] | None:
+    if not batches:
+        return None
+    return batches[0] if len(batches) == 1 else tuple(batches)
+
+
+def _replace(row: Row, changes: Mapping[str, object]) -> Row:
+    return Row(**{**row.__dict__, **changes})  # type: ignore[arg-type]

@@ -1,0 +1,83 @@
+"""lower: put the chosen kernels into the graph as `sparsec` ops on packed buffers, and drop the weights they replace."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from sparsec.driver import Context, Pass
+from sparsec.formats import Format
+from sparsec.graph import Constant, add_constant, constants, drop_dead_constants, fact, get_constant, sites
+from sparsec.install import Installed, ledger
+from sparsec.ops.linear import BUCKETS, OVERLOAD
+from sparsec.passes._trial import Choice
+
+
+class Lower(Pass):
+    """epilogue(aten.linear(x, W, b)) --> sparsec.linear(x, [values, indices, ...], b, residual, kernel)."""
+
+    name = "lower"
+    requires = ("selected",)
+    ensures = ("lowered",)
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        packed: dict[tuple[str, Format], tuple[str, ...]] = {}
+        records: dict[tuple[str, Format], Installed] = {}
+        changes = 0
+        for node, known in list(sites(gm)):
+            choice = known.choice
+            if not isinstance(choice, Choice):
+                continue
+            key = (known.weight, choice.format)
+            if key not in packed:
+                packed[key] = _register(gm, known.weight, choice)
+            site = (known.site, choice.kernel.text())
+            old = records.get(key)
+            records[key] = Installed(
+                format=choice.format,
+                shape=known.shape,
+                dtype=get_constant(gm, known.weight).dtype,
+                buffers=packed[key],
+                origin=constants(gm).get(known.weight, Constant(())),
+                kernels=(*(old.kernels if old else ()), site),
+            )
+            _replace(gm, node, packed[key], choice)
+            changes += 1
+        ledger(gm).installed.extend(records.values())
+        drop_dead_constants(gm)
+        return changes
+
+
+def _register(gm: fx.GraphModule, weight: str, choice: Choice) -> tuple[str, ...]:
+    """Put the packed buffers on the root: values as a frozen parameter, the rest as buffers."""
+    stem = weight.removesuffix("_weight")
+    return tuple(
+        add_constant(gm, f"{stem}_{key}", tensor, parameter=position == 0)
+        for position, (key, tensor) in enumerate(choice.buffers.items())
+    )
+
+
+def _replace(gm: fx.GraphModule, node: fx.Node, names: tuple[str, ...], choice: Choice) -> None:
+    """Insert the op behind the last absorbed node, move all uses to it, erase what it replaces."""
+    known = fact(node)
+    by_name = {n.name: n for n in gm.graph.nodes}
+    chain = [node, *(by_name[name] for name in known.absorbed)] if known else [node]
+    last = chain[-1]
+    residual = by_name[known.residual] if known and known.residual else None
+    _, weight, bias = (*node.args, None)[:3]
+    with gm.graph.inserting_before(last):
+        buffers = [gm.graph.get_attr(name) for name in names]
+        for getter, tensor in zip(buffers, choice.buffers.values(), strict=True):
+            getter.meta["val"] = tensor
+        head = (node.args[0], buffers)
+        tail = (bias, residual, choice.kernel.text())
+        if choice.dense_ranges:
+            flat = [bound for span in choice.dense_ranges for bound in span]
+            new = gm.graph.call_function(BUCKETS, (*head, weight, *tail, flat))
+        else:
+            new = gm.graph.call_function(OVERLOAD, (*head, *tail))
+    new.meta = {**node.meta, "val": last.meta.get("val", node.meta.get("val"))}
+    last.replace_all_uses_with(new)
+    for old in reversed(chain):
+        gm.graph.erase_node(old)
+    if isinstance(weight, fx.Node) and not weight.users:
+        gm.graph.erase_node(weight)

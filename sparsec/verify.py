@@ -1,0 +1,128 @@
+"""The never-wrong law: a site's kernel against its float64 oracle, within a bound of the actual reduction.
+
+The bound is `c * eps * sum(|a * b|)` with c = 8 + 2 sqrt(n), n the longest row: rounding errors of a sum of n products
+grow like sqrt(n) with overwhelming probability (Higham and Mary 2019, "A new approach to probabilistic rounding error
+analysis", theorem 2.4), and fused multiply-adds, blocking and the epilogue are within the constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from sparsec.codegen.kernel import Step
+
+_ROWS = 1024  # rows of x that are checked at a time: bounds the float64 copies
+_LIPSCHITZ = 1.2  # no epilogue step but `scale` stretches an error by more (gelu: 1.13)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Outcome of one check. `worst` is the largest error as a share of its bound; at most 1 passes."""
+
+    ok: bool
+    worst: float
+    sentence: str
+
+
+def apply_steps(steps: Sequence[Step], y: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    """The meaning of an epilogue, in torch: the oracle of every kernel and the dense baseline of every site."""
+    for step in steps:
+        if step.name == "add":
+            y = y + residual
+        else:
+            y = _STEPS[step.name](y, *step.params)
+    return y
+
+
+_STEPS: dict[str, Callable[..., torch.Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "hardswish": F.hardswish,
+    "clamp": lambda y, low, high: torch.clamp(y, low, high),
+    "scale": lambda y, factor: y * factor,
+}
+
+
+def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x @ weight^T in float64, where a pruned (zero) weight contributes nothing even times Inf or NaN."""
+    if bool(torch.isfinite(x).all()):
+        return x @ weight.t()
+    rows = []
+    for w in weight:
+        kept = w != 0
+        rows.append(x[:, kept] @ w[kept])
+    return torch.stack(rows, dim=1)
+
+
+def check(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    steps: Sequence[Step] = (),
+    residual: torch.Tensor | None = None,
+) -> Verdict:
+    """Compare `y`, a kernel's (..., out) output, with epilogue(x @ weight^T + bias) in float64.
+
+    x (..., in) and weight (out, in) in the kernel's dtype. NaN must meet NaN and an infinity the same infinity.
+    """
+    x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+    if y.shape != (x.shape[0], weight.shape[0]):
+        return Verdict(False, float("inf"), f"output has shape {tuple(y.shape)}, expected {(x.shape[0], weight.shape[0])}")
+    wide = weight.double()
+    longest = int(torch.count_nonzero(weight, dim=1).max()) if weight.numel() else 0
+    worst, place = 0.0, (0, 0)
+    for start in range(0, x.shape[0], _ROWS):
+        part = slice(start, start + _ROWS)
+        rest = residual.reshape(y.shape)[part].double() if residual is not None else None
+        ratio = _ratio(y[part], x[part].double(), wide, bias, steps, rest, longest)
+        if ratio.numel() and float(ratio.max()) > worst:
+            flat = int(ratio.argmax())
+            worst, place = float(ratio.max()), (start + flat // ratio.shape[1], flat % ratio.shape[1])
+    row, column = place
+    sentence = f"largest error is {worst:.3g} of its bound"
+    if worst > 1:
+        sentence += f", at row {row} of the input and output feature {column}"
+    return Verdict(worst <= 1, worst, sentence)
+
+
+def _ratio(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    steps: Sequence[Step],
+    residual: torch.Tensor | None,
+    longest: int,
+) -> torch.Tensor:
+    """Error over bound, elementwise; Inf where a non-finite value does not meet its like."""
+    exact = product(x, weight)
+    # The bound needs few digits, so its absolute product is taken in float32.
+    size = product(x.abs().float(), weight.abs().float()).double()
+    if bias is not None:
+        exact += bias.double()
+        size += bias.double().abs()
+    for step in steps:
+        if step.name == "scale":
+            size *= abs(step.params[0])
+        elif step.name == "add" and residual is not None:
+            size += residual.abs()
+    want = apply_steps(steps, exact, residual)
+    accumulate = torch.finfo(torch.float32 if y.dtype != torch.float64 else torch.float64).eps
+    stored = torch.finfo(y.dtype).eps
+    count = longest + (bias is not None) + len(steps)
+    bound = _LIPSCHITZ * (8 + 2 * count**0.5) * accumulate * size + 2 * stored * want.abs() + torch.finfo(y.dtype).tiny
+    got = y.double()
+    same = (got == want) | (got.isnan() & want.isnan())
+    # A sum that overflows the stored dtype is an infinity there and a large number in the oracle.
+    same |= (got == want.to(y.dtype).double()) & got.isinf()
+    ratio = (got - want).abs() / bound
+    ratio = torch.where(ratio.isnan(), torch.full_like(ratio, float("inf")), ratio)
+    return torch.where(same, torch.zeros_like(ratio), ratio)
