@@ -1,0 +1,25 @@
+"""The passes, and the order in which `compile` runs them."""
+
+from __future__ import annotations
+
+from sparsec.driver import Pipeline
+from sparsec.passes.annotate import Annotate
+from sparsec.passes.fold import Fold
+from sparsec.passes.fuse import Fuse
+from sparsec.passes.lower import Lower
+from sparsec.passes.normalise import Normalise
+from sparsec.passes.select import Select
+
+DEFAULT = Pipeline(
+    (
+        Normalise(),  # first: every later pass reads one spelling of a weight op, with its weight on the root
+        Fold(),  # before annotate: folding makes the weights that are measured
+        Annotate(),  # facts for everything below: sites, densities, structures, refusals
+        Fuse(),  # needs sites; before select, because the tail is part of the kernel that is timed
+        Select(),  # needs the final weights and tails; decides by the clock and verifies
+        Lower(),  # last: nothing reads a dense weight behind it
+    )
+)
+"""What `compile` runs. Edits by name give a new list: `DEFAULT.insert_before("select", MyPass())`."""
+
+__all__ = ["DEFAULT", "Annotate", "Fold", "Fuse", "Lower", "Normalise", "Select"]
