@@ -6,6 +6,7 @@ import re
 
 from sparsec.errors import SpecError, nearest
 from sparsec.formats._base import Buffers, Format, pattern
+from sparsec.formats._pack import VALUE_DTYPES
 from sparsec.formats.bitmask import Bitmask
 from sparsec.formats.bsr import BSR
 from sparsec.formats.csr import CSR
@@ -106,4 +107,16 @@ class _Reader:
         return int(token)
 
 
-__all__ = ["BSR", "CSR", "FORMATS", "Bitmask", "Buffers", "Dense", "Format", "parse", "pattern", "register_format"]
+__all__ = [
+    "BSR",
+    "CSR",
+    "FORMATS",
+    "VALUE_DTYPES",
+    "Bitmask",
+    "Buffers",
+    "Dense",
+    "Format",
+    "parse",
+    "pattern",
+    "register_format",
+]

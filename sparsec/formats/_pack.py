@@ -46,8 +46,9 @@ def nonzero(dense: torch.Tensor) -> np.ndarray:
     """`dense != 0` as numpy: on one thread, since a sweep is faster than waking the pool for weights of common size."""
     array = numpy_view(dense)
     if dense.dtype in (torch.bfloat16, torch.float16):  # numpy has no fast half compare: drop the sign bit instead
-        return (array.view(np.uint16) << np.uint16(1)) != 0
-    return array != 0
+        array = array.view(np.uint16) << np.uint16(1)
+    set_entries: np.ndarray = array != 0
+    return set_entries
 
 
 def unsigned(indices: torch.Tensor) -> np.ndarray:
