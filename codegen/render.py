@@ -6,7 +6,6 @@ import functools
 import math
 import re
 import struct
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,7 +159,11 @@ def check(spec: KernelSpec) -> None:
 def _finalize(value: Any) -> str:
     if isinstance(value, str):
         return value
-    if isinstance(value, Mapping) or value is None or isinstance(value, (bool, int, float)):
+    from jinja2 import Undefined
+
+    if isinstance(value, Undefined):
+        return str(value)  # raises, and names what is undefined
+    if value is None or isinstance(value, (bool, int, float)):
         raise SpecError(f"prints {value!r} as it is; use c_int, c_float or ident")
     raise SpecError(f"prints a {type(value).__name__}; use c_int, c_float or ident")
 
