@@ -15,7 +15,10 @@ from sparsec.formats.dense import Dense
 FORMATS: dict[str, type[Format]] = {cls.name: cls for cls in (Dense, CSR, Bitmask, BSR)}
 """Name in canonical text -> class. A user's formats join through `register_format`."""
 
-_TOKEN = re.compile(r"([a-z][a-z0-9_]*)|(-?(?:0|[1-9][0-9]*))(?![a-z0-9_])|([(),=])")
+_TOKEN = re.compile(r"([a-z][a-z0-9_]*)|(-?(?:0|[1-9][0-9]{0,9}))(?![a-z0-9_])|([(),=])")
+
+_LONGEST = 1000
+_DEEPEST = 16
 
 
 def register_format(cls: type[Format]) -> None:
@@ -31,6 +34,8 @@ def register_format(cls: type[Format]) -> None:
 
 def parse(text: str) -> Format:
     """The inverse of `Format.text()`: `parse("csr(index_bits=16,block=128)")`. Raises SpecError for any other text."""
+    if len(text) > _LONGEST:
+        raise SpecError(f"not the text of a format: {text[:120]!r}... is longer than {_LONGEST} characters")
     tokens: list[str] = []
     at = 0
     while at < len(text):
@@ -53,6 +58,7 @@ class _Reader:
 
     def __init__(self, text: str, tokens: list[str]) -> None:
         self.text = text
+        self.depth = 0
         self.tokens = tokens
 
     def take(self, expected: str | None = None) -> str:
@@ -65,6 +71,9 @@ class _Reader:
         return self.tokens[0] if self.tokens else ""
 
     def format(self) -> Format:
+        self.depth += 1
+        if self.depth > _DEEPEST:
+            raise SpecError(f"not the text of a format: {self.text!r} holds more than {_DEEPEST} formats")
         name = self.take()
         cls = FORMATS.get(name)
         if cls is None:

@@ -68,8 +68,10 @@ class CSR(Format):
         return {"values": values, "indices": indices.to(dense.device), "pointers": pointers.to(dense.device)}
 
     def unpack(self, buffers: Buffers, rows: int, cols: int) -> torch.Tensor:
+        if cols == 0:
+            return buffers["values"].detach().new_zeros(rows, 0)
         indices = unsigned(buffers["indices"])
-        ends = numpy_view(buffers["pointers"])[:: max(1, self.blocks(cols))]
+        ends = numpy_view(buffers["pointers"])[:: self.blocks(cols)]
 
         def positions() -> object:
             for start, stop in row_chunks(rows, cols):

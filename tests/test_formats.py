@@ -1,0 +1,391 @@
+"""Storage formats: round trips over odd sizes and every dtype, exact bytes, and a typed error for every corruption."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsec.errors import FormatError, SpecError
+from sparsec.formats import BSR, CSR, FORMATS, Bitmask, Buffers, Dense, Format, parse, pattern, register_format
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8)
+FORMAT_LIST = (
+    Dense(),
+    CSR(),
+    CSR(16, 8),
+    CSR(32, 5),
+    CSR(None, 128),
+    Bitmask(),
+    Bitmask(16, 32),
+    Bitmask(32),
+    Bitmask(32, 32),
+    Bitmask(64, 128),
+    BSR(1, 1),
+    BSR(1, 4),
+    BSR(4, 1),
+    BSR(16, 1, 32),
+    BSR(3, 5),
+    BSR(8, 8),
+)
+ids = [f.text() for f in FORMAT_LIST]
+
+
+def weight(rows: int, cols: int, density: float, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(rows, cols, generator=generator) * 20
+    kept = torch.rand(rows, cols, generator=generator) < density
+    return (values.clamp(-100, 100) * kept).to(dtype)
+
+
+def nbytes(buffers: Buffers) -> int:
+    return sum(t.numel() * t.element_size() for t in buffers.values())
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The bit pattern, so that NaN equals itself."""
+    return tensor.contiguous().view(
+        {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    )
+
+
+def check_round_trip(fmt: Format, dense: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+    rows, cols = dense.shape
+    buffers = fmt.pack(dense, mask)
+    assert tuple(buffers) == fmt.buffers
+    fmt.validate(buffers, rows, cols)
+    kept = pattern(dense, mask)
+    back = fmt.unpack(buffers, rows, cols)
+    assert back.dtype == dense.dtype and back.shape == dense.shape
+    assert torch.equal(bits(back)[kept], bits(dense)[kept])
+    assert not (back[~kept] != 0).any()
+    positions = fmt.positions(buffers, rows, cols)
+    assert positions.dtype == torch.bool and positions[kept].all()
+    if not fmt.blocked and not isinstance(fmt, Dense):
+        assert torch.equal(positions, kept)
+    stored = buffers["values"].numel()
+    assert nbytes(buffers) == fmt.nbytes(rows, cols, stored, dense.element_size())
+    if mask is None:
+        assert fmt.stored(dense) == stored
+
+
+@pytest.mark.parametrize("fmt", FORMAT_LIST, ids=ids)
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(1, 70),
+    cols=st.integers(1, 70),
+    density=st.sampled_from([0.0, 0.02, 0.3, 0.5, 0.95, 1.0]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 3),
+)
+def test_round_trip(fmt: Format, rows: int, cols: int, density: float, dtype: torch.dtype, seed: int) -> None:
+    check_round_trip(fmt, weight(rows, cols, density, dtype, seed))
+
+
+@pytest.mark.parametrize("fmt", FORMAT_LIST, ids=ids)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_round_trip_of_special_values_empty_rows_and_a_mask(fmt: Format, dtype: torch.dtype) -> None:
+    dense = weight(37, 41, 0.3, dtype)
+    dense[5:9] = 0
+    dense[:, 7] = 0
+    if dtype.is_floating_point:
+        dense[2, 3], dense[2, 4], dense[3, 0], dense[36, 40] = float("nan"), float("inf"), -0.0, float("-inf")
+    check_round_trip(fmt, dense)
+    mask = torch.rand(37, 41, generator=torch.Generator().manual_seed(5)) < 0.4
+    mask[2, 3:5] = True
+    check_round_trip(fmt, dense, mask)
+
+
+@pytest.mark.parametrize("fmt", FORMAT_LIST, ids=ids)
+@pytest.mark.parametrize("shape", [(0, 0), (0, 5), (5, 0), (1, 1), (700, 1000)], ids=str)
+def test_empty_and_many_chunks(fmt: Format, shape: tuple[int, int]) -> None:
+    check_round_trip(fmt, weight(*shape, 0.1))
+
+
+@pytest.mark.parametrize("fmt", FORMAT_LIST, ids=ids)
+def test_pack_takes_views_and_parameters_and_shares_nothing(fmt: Format) -> None:
+    base = torch.nn.Parameter(weight(24, 40, 0.4))
+    buffers = fmt.pack(base.t())
+    assert torch.equal(fmt.unpack(buffers, 40, 24), base.detach().t())
+    assert not buffers["values"].requires_grad
+    before = {k: v.clone() for k, v in fmt.pack(base).items()}
+    buffers = fmt.pack(base)
+    with torch.no_grad():
+        base.zero_()
+    assert all(torch.equal(buffers[k], before[k]) for k in before)
+
+
+def test_layout_of_csr() -> None:
+    dense = torch.tensor([[0, 1.0, 0, 2, 0], [0, 0, 0, 0, 0], [3, 0, 0, 0, 4]])
+    buffers = CSR(16, 2).pack(dense)
+    assert buffers["values"].tolist() == [1, 2, 3, 4]
+    assert buffers["indices"].dtype == torch.int16 and buffers["indices"].tolist() == [1, 3, 0, 4]
+    assert buffers["pointers"].dtype == torch.int32
+    assert buffers["pointers"].tolist() == [0, 1, 2, 2, 2, 2, 2, 3, 3, 4]
+    assert CSR(32).pack(dense)["pointers"].tolist() == [0, 2, 2, 4]
+
+
+def test_csr_indices_above_32767_are_unsigned_bits() -> None:
+    dense = torch.zeros(2, 65535)
+    dense[0, 40000] = dense[1, 65534] = 1.0
+    buffers = CSR().pack(dense)
+    assert buffers["indices"].tolist() == [40000 - 65536, 65534 - 65536]
+    check_round_trip(CSR(None, 128), dense)
+    wide = torch.zeros(1, 65537)
+    wide[0, 65536] = 1.0
+    assert CSR().pack(wide)["indices"].dtype == torch.int32
+    assert "65535" in str(CSR(16).refuse(wide))
+    with pytest.raises(FormatError, match=r"use CSR\(index_bits=32\)"):
+        CSR(16).pack(wide)
+    check_round_trip(CSR(), wide)
+    check_round_trip(BSR(1, 2), wide)
+
+
+def test_layout_of_bitmask() -> None:
+    dense = torch.zeros(2, 18)
+    dense[0, [0, 3, 17]] = torch.tensor([1.0, 2, 3])
+    dense[1, 15] = 4.0
+    buffers = Bitmask(16, 16).pack(dense)
+    assert buffers["masks"].dtype == torch.int16 and buffers["masks"].tolist() == [[0b1001, 0b10], [-(1 << 15), 0]]
+    assert buffers["pointers"].tolist() == [0, 2, 3, 4, 4]
+    assert Bitmask(64).pack(dense)["masks"].tolist() == [[0b1001 | 1 << 17], [1 << 15]]
+
+
+def test_layout_of_bsr() -> None:
+    dense = torch.zeros(3, 5)
+    dense[0, 1], dense[1, 4], dense[2, 2] = 1.0, 2.0, 3.0
+    buffers = BSR(2, 2).pack(dense)
+    assert buffers["values"].tolist() == [[[0, 1], [0, 0]], [[0, 0], [2, 0]], [[3, 0], [0, 0]]]
+    assert buffers["indices"].tolist() == [0, 2, 1] and buffers["pointers"].tolist() == [0, 2, 3]
+    masked = BSR(2, 2).pack(torch.ones(2, 2), torch.tensor([[True, False], [False, False]]))
+    assert masked["values"].tolist() == [[[1, 0], [0, 0]]]
+
+
+def test_resolve_fixes_open_fields() -> None:
+    assert CSR().resolve(3, 384) == CSR(16, 384)
+    assert CSR(block=128).resolve(3, 65536) == CSR(32, 128)
+    assert Bitmask().resolve(3, 20) == Bitmask(16, 32)
+    assert BSR(2, 4).resolve(3, 384) == BSR(2, 4, 16)
+    assert CSR().resolve(1, 0) == CSR(16, 1)
+
+
+# Corruption: each line breaks one thing in buffers that pack made, and names words of the message.
+
+Break = Callable[[Buffers], Buffers]
+
+
+def put(key: str, at: int | tuple[int, ...], value: float) -> Break:
+    def change(buffers: Buffers) -> Buffers:
+        fresh = buffers[key].clone()
+        fresh[at] = value
+        return {**buffers, key: fresh}
+
+    return change
+
+
+def swap(key: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Break:
+    return lambda buffers: {**buffers, key: change(buffers[key])}
+
+
+def shorter(t: torch.Tensor) -> torch.Tensor:
+    return t[:-1].clone()
+
+
+def longer(t: torch.Tensor) -> torch.Tensor:
+    return torch.cat([t, t[-1:]])
+
+
+def strided(t: torch.Tensor) -> torch.Tensor:
+    return torch.stack([t, t], dim=-1)[..., 0]
+
+
+def without_last(buffers: Buffers) -> Buffers:
+    return dict(list(buffers.items())[:-1])
+
+
+def reordered(buffers: Buffers) -> Buffers:
+    return dict(reversed(list(buffers.items())))
+
+
+COMMON: list[tuple[Break, str]] = [
+    (without_last, "expected"),
+    (reordered, "in this order"),
+    (lambda b: {**b, "extra": b["values"]}, "expected"),
+    (swap("values", strided), "'values' is not contiguous"),
+    (swap("values", lambda t: t.to(torch.complex64)), "'values' has dtype torch.complex64"),
+    (swap("values", lambda t: t.to(torch.int32)), "'values' has dtype torch.int32"),
+    (swap("values", lambda t: t[None].clone()), "'values' has shape"),
+    (swap("values", shorter), "expected"),
+    (swap("values", longer), "expected"),
+]
+POINTERS: list[tuple[Break, str]] = [
+    (put("pointers", 0, 1), "'pointers' at position 0 holds 1, expected 0"),
+    (put("pointers", 0, -1), "'pointers' at position 0 holds -1"),
+    (put("pointers", -1, 10_000), "'pointers' at position .* holds 10000, expected"),
+    (put("pointers", 3, 10_000), "'pointers' at position 4 holds .* less than 10000"),
+    (put("pointers", 3, -7), "'pointers' at position 3 holds -7, less than"),
+    (put("pointers", 3, -(2**31)), "holds -2147483648"),
+    (swap("pointers", lambda t: t.to(torch.int64)), "'pointers' has dtype torch.int64, expected torch.int32"),
+    (swap("pointers", shorter), "'pointers' has shape"),
+    (swap("pointers", longer), "'pointers' has shape"),
+    (swap("pointers", strided), "'pointers' is not contiguous"),
+]
+INDICES: list[tuple[Break, str]] = [
+    (put("indices", 0, -1), "'indices'"),
+    (put("indices", -1, 9_999), "'indices' at position .* holds 9999, valid: "),
+    (lambda b: put("indices", 1, int(b["indices"][0]))(b), "'indices' at position 1 .*not above"),
+    (lambda b: swap("indices", lambda t: t.flip(0))(b), "'indices'"),
+    (swap("indices", lambda t: t.to(torch.int64)), "'indices' has dtype torch.int64"),
+    (swap("indices", shorter), "'indices' has shape"),
+    (swap("indices", longer), "'indices' has shape"),
+    (swap("indices", strided), "'indices' is not contiguous"),
+]
+MASKS: list[tuple[Break, str]] = [
+    (put("masks", (0, -1), 1 << 14), "'masks' at position .* sets bits past column"),
+    (lambda b: put("masks", (1, 0), int(b["masks"][1, 0]) ^ 1)(b), "masks of row 1, block 0 set"),
+    (swap("masks", lambda t: t.to(torch.int64)), "'masks' has dtype torch.int64"),
+    (swap("masks", shorter), "'masks' has shape"),
+    (swap("masks", lambda t: t[:, :-1].clone()), "'masks' has shape"),
+    (swap("masks", strided), "'masks' is not contiguous"),
+]
+CASES: list[tuple[Format, Break, str]] = [
+    *((CSR(16, 16), b, m) for b, m in [*COMMON, *POINTERS, *INDICES]),
+    *((CSR(32), b, m) for b, m in [*COMMON, *POINTERS, *INDICES]),
+    *((BSR(4, 3), b, m) for b, m in [*COMMON, *POINTERS, *INDICES]),
+    *((Bitmask(16, 32), b, m) for b, m in [*COMMON, *POINTERS, *MASKS]),
+    *((Bitmask(16), b, m) for b, m in [*COMMON, *POINTERS, *MASKS]),
+    *((Dense(), b, m) for b, m in COMMON[2:]),
+]
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=lambda i: f"{CASES[i][0].text()}-{i}")
+def test_validate_rejects(case: int) -> None:
+    fmt, change, message = CASES[case]
+    buffers = fmt.pack(weight(29, 43, 0.4))
+    fmt.validate(buffers, 29, 43)
+    with pytest.raises(FormatError, match=message):
+        fmt.validate(change(buffers), 29, 43)
+
+
+def test_validate_rejects_an_index_of_another_block() -> None:
+    fmt = CSR(16, 4)
+    buffers = fmt.pack(torch.tensor([[0, 1.0, 0, 0, 0, 2.0, 0, 0]]))
+    with pytest.raises(FormatError, match=r"'indices' at position 1 holds 3, valid: 4 to 7"):
+        fmt.validate(put("indices", 1, 3)(buffers), 1, 8)
+
+
+@pytest.mark.parametrize("at", [(0, 3, 0), (0, 0, 3)], ids=["rows", "columns"])
+def test_validate_rejects_values_in_the_padding_of_bsr(at: tuple[int, ...]) -> None:
+    fmt = BSR(4, 4)
+    buffers = fmt.pack(torch.ones(3, 3))
+    with pytest.raises(FormatError, match="block 0 is not zero in"):
+        fmt.validate(put("values", at, 1.0)(buffers), 3, 3)
+
+
+def test_validate_checks_the_sizes_it_is_given() -> None:
+    buffers = CSR().pack(weight(8, 8, 0.5))
+    with pytest.raises(FormatError, match="'pointers' has shape"):
+        CSR().validate(buffers, 9, 8)
+    with pytest.raises(FormatError, match="valid: 0 to 3"):
+        CSR().validate(buffers, 8, 4)
+
+
+@pytest.mark.parametrize("fmt", FORMAT_LIST, ids=ids)
+def test_what_no_format_holds(fmt: Format) -> None:
+    with pytest.raises(FormatError, match="2-D"):
+        fmt.pack(torch.ones(3))
+    for dtype in (torch.complex64, torch.int32, torch.bool):
+        with pytest.raises(FormatError, match=str(dtype)):
+            fmt.pack(torch.ones(2, 2).to(dtype))
+        assert "cannot be packed" in str(fmt.refuse(torch.ones(2, 2).to(dtype)))
+    with pytest.raises(FormatError, match=r"mask must be bool of shape \(2, 2\)"):
+        fmt.pack(torch.ones(2, 2), torch.ones(2, 3, dtype=torch.bool))
+    with pytest.raises(FormatError, match="mask must be bool"):
+        fmt.pack(torch.ones(2, 2), torch.ones(2, 2))
+    assert fmt.refuse(torch.ones(2, 2)) is None
+
+
+def test_refuses_quantised_and_sparse_tensors() -> None:
+    quantised = torch.quantize_per_tensor(torch.ones(2, 2), 0.1, 0, torch.qint8)
+    assert "quantised" in str(CSR().refuse(quantised))
+    with pytest.raises(FormatError, match="to_dense"):
+        CSR().pack(torch.ones(2, 2).to_sparse())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CSR(8), "index_bits=8"),
+        (lambda: CSR(16, 0), "block=0 must be a positive integer or None"),
+        (lambda: CSR(16, True), "block=True"),
+        (lambda: Bitmask(8), "width=8 is not one of 16, 32, 64"),
+        (lambda: Bitmask(32, 48), "block=48 is not a multiple of width=32"),
+        (lambda: BSR(0, 1), "r=0 must be a positive integer"),
+        (lambda: BSR(1, 2.0), "c=2.0"),
+        (lambda: BSR(1, 2, 64), "index_bits=64"),
+    ],
+)
+def test_fields_are_checked(make: Callable[[], Format], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        make()
+
+
+# Canonical text
+
+
+@pytest.mark.parametrize("fmt", FORMAT_LIST, ids=ids)
+def test_parse_is_the_inverse_of_text(fmt: Format) -> None:
+    assert parse(fmt.text()) == fmt
+    assert hash(parse(fmt.text())) == hash(fmt)
+    resolved = fmt.resolve(30, 40)
+    assert parse(resolved.text()) == resolved
+    assert resolved.resolve(30, 40) == resolved
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "csr(", "csr()", "csr(16)", "csr(index_bits=16", "csr(index_bits=16))", "csr (index_bits=16)", "csrr",
+        "csr(block=128,index_bits=16)", "csr(block=128,block=128)", "csr(block=0128)", "csr(block=-1)",
+        "csr(block=1e3)", "csr(index_bits=None)", "bsr(r=4)", "bsr(r=4,c=1)x", "dense,",
+        "CSR", "csr(size=3)", "csr(block=dense)",
+        "csr(block=(1,2))", "csr(__class__=1)", "csr(block=9" + "9" * 5000 + ")", "(" * 5000, "csr(block=" * 3000,
+        "csr(block=" * 60,
+    ],
+)  # fmt: skip
+def test_parse_refuses_other_text(text: str) -> None:
+    with pytest.raises(SpecError):
+        parse(text)
+
+
+@given(st.text(max_size=40))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_parse_raises_nothing_else(text: str) -> None:
+    try:
+        fmt = parse(text)
+    except SpecError:
+        return
+    assert fmt.text() == text
+
+
+def test_unknown_format_names_the_nearest() -> None:
+    with pytest.raises(SpecError, match="nearest: 'bitmask'"):
+        parse("bitmsk")
+
+
+def test_register_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparsec.formats.FORMATS", dict(FORMATS))
+
+    class Mine(Format):
+        name = "mine"
+        buffers = ("values",)
+
+    register_format(Mine)
+    with pytest.raises(SpecError, match="taken by Mine"):
+        register_format(Mine)
+    Mine.name = "No Good"
+    with pytest.raises(SpecError, match="lower-case identifier"):
+        register_format(Mine)
