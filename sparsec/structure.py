@@ -16,7 +16,7 @@ from sparsec.graph import Structure
 
 MAX_M = 32  # largest n:m group that is looked for
 MAX_BLOCK = 64  # largest block side that is claimed
-MIN_FILL = 0.8  # n:m is claimed when its slots are at least this full: a random pattern obeys wide, useless n:m too
+MIN_FILL = 0.85  # n:m is claimed when its slots are at least this full: a random pattern obeys wide, useless n:m too
 STRAY = 0.1  # most zeros that may lie inside occupied blocks, where some values happen to be zero
 _SAMPLE = 64  # rows of the cheap necessary conditions
 _LOOSE = ((32, 32), (16, 16), (8, 8), (4, 4), (32, 1), (1, 32), (16, 1), (1, 16), (8, 1), (1, 8), (4, 1), (1, 4))
@@ -28,7 +28,7 @@ def detect(dense: torch.Tensor, kernel: int = 1) -> tuple[Structure, ...]:
     `kernel` is the number of offsets of a convolution whose (out, in / groups, *kernel) weight was flattened in C
     order: n:m groups run along its input channels at a fixed offset.
 
-    nm (n, m): at most n nonzeros in each aligned group of m inputs, and the slots are at least 80 % full; the tightest.
+    nm (n, m): at most n nonzeros in each aligned group of m inputs, and the slots are at least 85 % full; the tightest.
     block (r, c): aligned r x c blocks are full or empty, at most 64 on a side. Blocks with accidental zeros count when
     each is three quarters full and nine zeros in ten lie in empty blocks.
     fan_in (k,): each row has k nonzeros or none. banded (l, u): -l <= column - row <= u, in half of the columns or
