@@ -1,0 +1,152 @@
+"""The compiled module: a GraphModule that is called like the original and refuses what it was not compiled for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.graph import CodeGen, _PyTreeCodeGen, _PyTreeInfo
+from torch.utils import _pytree as pytree
+
+from sparsec.call import CallInfo, make_binders
+from sparsec.errors import InputError
+from sparsec.graph import KEY
+from sparsec.private import privatise
+
+
+class FlatCodeGen(_PyTreeCodeGen):
+    """Code whose inputs are the flat placeholders and whose output has the original structure.
+
+    The stock pytree code flattens its inputs again on every call; the binder has done that already.
+    """
+
+    def __init__(self, names: list[str], out_spec: pytree.TreeSpec) -> None:
+        inputs = pytree.tree_structure(tuple(range(len(names))))
+        super().__init__(_PyTreeInfo(names, inputs, out_spec))
+
+    def process_inputs(self, *inputs: Any) -> Any:
+        return inputs
+
+    def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, *, expanded_def: bool = False) -> str:
+        return CodeGen.gen_fn_def(self, free_vars, maybe_return_annotation, expanded_def=expanded_def)
+
+    def generate_output(self, output_args: Any, *, descs: Any = None, repr_fn: Any = None) -> str:
+        spec = self.pytree_info.out_spec
+        show = repr_fn or repr
+        if spec is not None and spec.is_leaf() and isinstance(output_args, (list, tuple)) and len(output_args) == 1:
+            return f"return {show(output_args[0])}"
+        if spec is not None and spec.type in (tuple, list) and all(c.is_leaf() for c in spec.children()):
+            return f"return {show(spec.type(output_args))}"
+        return super().generate_output(output_args, descs=descs, repr_fn=repr_fn)
+
+
+class CompiledModule(fx.GraphModule):
+    """A captured graph behind the original signature.
+
+    `forward` binds and checks a call (InputError names the argument, what it got and what it expects); `attempt` does
+    the same but returns `call.MISMATCH`; `run` is the graph alone, on flat tensors. All records live in
+    `meta["sparsec"]`, because copies of a GraphModule keep nothing else.
+    """
+
+    @classmethod
+    def wrap(cls, gm: fx.GraphModule, call: CallInfo) -> CompiledModule:
+        """Take over a captured graph, its constants and its meta; `gm` must not be used afterwards.
+
+        Constants that still share storage with the caller's model are cloned now, when the packed ones are gone.
+        """
+        gm.graph._tracer_cls = None
+        module = cls(gm, gm.graph, class_name=f"Compiled{call.owner}")
+        keep_persistence(gm, module)
+        module.meta = gm.meta
+        module.meta.setdefault(KEY, {})["call"] = call
+        privatise(module, module.meta[KEY].pop("borrowed", frozenset()))
+        module.training = call.training
+        module.recompile()
+        return module
+
+    @property
+    def call(self) -> CallInfo | None:
+        found: CallInfo | None = self.meta.get(KEY, {}).get("call") if "meta" in self.__dict__ else None
+        return found
+
+    def recompile(self) -> Any:
+        """Regenerate `run` from the graph and put the binder in front of it."""
+        code = super().recompile()
+        cls: Any = type(self)
+        if self.call is not None:
+            cls.run = cls.forward
+            cls.forward, cls.attempt = make_binders(self.call)
+        # The stock wrapper only prints the generated source when a call fails; it costs as much as the binder.
+        cls.__call__ = nn.Module.__call__
+        return code
+
+    def train(self, mode: bool = True) -> CompiledModule:
+        """Switch modes where the capture has both; an inference capture refuses to train."""
+        call = self.call
+        if mode and call is not None and not call.training:
+            raise InputError(
+                f"{call.owner} was compiled for inference: dropout and batch norm are baked in; "
+                "compile with training=True to train it"
+            )
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> CompiledModule:
+        for tensor in self.state_tensors():
+            probe = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+            moved = fn(probe)
+            if moved.dtype != probe.dtype:
+                raise InputError(
+                    f"a compiled model cannot be cast from {probe.dtype} to {moved.dtype}: its weights are packed and "
+                    "its graph is specialised for one dtype; cast the original model before compiling it"
+                )
+            if moved.device != probe.device:
+                raise InputError(
+                    f"a compiled model cannot be moved from {probe.device} to {moved.device}: its kernels were built "
+                    "for one device; move the original model before compiling it"
+                )
+        super()._apply(fn, recurse)
+        return self
+
+    def state_tensors(self) -> list[torch.Tensor]:
+        """One tensor for each (dtype, device) among parameters and buffers."""
+        found: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+        for tensor in [*self.parameters(), *self.buffers()]:
+            found.setdefault((tensor.dtype, tensor.device), tensor)
+        return list(found.values())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModule:
+        copied: CompiledModule = super().__deepcopy__(memo)
+        keep_persistence(self, copied)
+        copied.training = self.training
+        copied.recompile()  # only now does the copy know its call
+        return copied
+
+    def __copy__(self) -> CompiledModule:
+        graph = fx.Graph()
+        output = graph.graph_copy(self.graph, {})
+        graph.output(output)
+        graph.set_codegen(self.graph._codegen)
+        shallow = fx.GraphModule(self, graph)
+        shallow.meta = dict(self.meta)
+        keep_persistence(self, shallow)
+        call = self.call
+        return CompiledModule.wrap(shallow, call) if call is not None else shallow  # type: ignore[return-value]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise InputError(
+            "a compiled model cannot be pickled: the copy would lose its packed weights' records and kernels; "
+            "use sparsec.save(model, path) and sparsec.load(path)"
+        )
+
+    __reduce__ = __reduce_package__ = lambda self, *unused: self.__reduce_ex__(2)
+
+
+def keep_persistence(source: nn.Module, target: nn.Module) -> None:
+    """Copy which buffers stay out of the state dict: making a GraphModule from another module forgets it."""
+    known = dict(target.named_modules())
+    for name, module in source.named_modules():
+        if name in known:
+            mine = known[name]
+            mine._non_persistent_buffers_set |= module._non_persistent_buffers_set & mine._buffers.keys()
