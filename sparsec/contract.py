@@ -31,7 +31,7 @@ class View:
     ensured: frozenset[str] = frozenset()
     training: bool = False
     constant: dict[fx.Node, None] = field(default_factory=dict)
-    started: bool = False  # a node that is no placeholder has been seen
+    started: bool = False  # a call has been seen
     outputs: int = 0
 
 
@@ -60,7 +60,7 @@ class Violation:
 
 
 def _placeholder_late(node: fx.Node, view: View) -> str | None:
-    return "it stands behind another kind of node" if view.started else None
+    return "it stands behind a call" if view.started else None
 
 
 def _output_again(node: fx.Node, view: View) -> str | None:
@@ -164,7 +164,7 @@ def _opaque_method(node: fx.Node, view: View) -> str | None:
 
 
 CONTRACT: tuple[Rule, ...] = (
-    Rule("inputs first", "placeholder", "placeholders come before everything else", _placeholder_late),
+    Rule("inputs first", "placeholder", "placeholders come before every call", _placeholder_late),
     Rule("one output", "output", "there is exactly one output node and it is the last", _output_again),
     Rule("flat constants", "get_attr", "a get_attr names a parameter or buffer of the root itself", _bad_attribute),
     Rule("functional", "call_function", "no call changes its arguments", _in_place),
@@ -194,7 +194,7 @@ def violations(
             detail = rule.broken(node, view)
             if detail is not None:
                 found.append(Violation(node, rule, detail))
-        view.started = view.started or node.op != "placeholder"
+        view.started = view.started or node.op not in ("placeholder", "get_attr")
     if not view.outputs:
         rule = _BY_OP["output"][0]
         found.append(Violation(next(reversed(gm.graph.nodes)), rule, "the graph has no output"))

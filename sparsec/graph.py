@@ -321,21 +321,20 @@ def fold_constants(gm: fx.GraphModule, only_weights: bool = True) -> int:
         if node not in known:
             inputs = operands(node, bias=True) if only_weights else node.all_input_nodes
             roots.update(dict.fromkeys(n for n in inputs if n in known and n.op != "get_attr"))
-    made: dict[Any, str] = {}
-    count = 0
+    made: dict[Any, fx.Node] = {}
+    first = next((n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr")), None)
     for root in roots:
         key = _expression(root)
         if key not in made:
-            made[key] = _register(gm, _cone(root))
-        with gm.graph.inserting_before(root):
-            new = gm.graph.get_attr(made[key])
-        if "val" in root.meta:
-            new.meta["val"] = root.meta["val"]
-        root.replace_all_uses_with(new)
-        count += 1
-    if count:
+            name = _register(gm, _cone(root))
+            with gm.graph.inserting_before(first):
+                made[key] = gm.graph.get_attr(name)
+            if "val" in root.meta:
+                made[key].meta["val"] = root.meta["val"]
+        root.replace_all_uses_with(made[key])
+    if roots:
         _sweep(gm, roots)
-    return count
+    return len(roots)
 
 
 def _pure(node: fx.Node) -> bool:

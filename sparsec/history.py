@@ -122,8 +122,12 @@ def describe(known: Fact) -> str:
     if known.nnz >= 0:
         parts.append(f"{100 * known.density:.1f} % nonzero")
     parts += [str(s) for s in known.structures]
-    parts += [f"+{step.text()}" for step in known.epilogue]
+    parts += [f"+{step.name}{_numbers(step.params)}" for step in known.epilogue]
     if known.refusal:
         parts.append(f"dense: {known.refusal[1]}")
     chosen = getattr(known.choice, "format", None)
     return ", ".join(parts) + (f" -> {chosen.text()}" if chosen is not None else "")
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return f"({', '.join(f'{v:g}' for v in values)})" if values else ""
