@@ -255,10 +255,7 @@ class Cache:
             raise ToolchainError(
                 f"{why}; and no temporary directory either ({error}); set SPARSEC_CACHE_DIR"
             ) from error
-        owner = os.getpid()
-        atexit.register(
-            lambda root=self.root: shutil.rmtree(root, ignore_errors=True) if os.getpid() == owner else None
-        )
+        atexit.register(_remove_private, self.root, os.getpid())
         _make_folders(self.root)
         self.notes = (f"{why}; kernels of this process live in {self.root} and are built again next time",)
 
@@ -282,6 +279,11 @@ class Cache:
             except OSError:
                 os.close(descriptor)
                 return None
+
+
+def _remove_private(root: Path, owner: int) -> None:
+    if os.getpid() == owner:  # a forked child leaves its parent's folder alone
+        shutil.rmtree(root, ignore_errors=True)
 
 
 def prepare(root: Path) -> str | None:

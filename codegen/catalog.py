@@ -62,6 +62,8 @@ class Variant:
             return f"{self.name} has no epilogue {', '.join(unknown)}; it fuses {', '.join(self.steps) or 'none'}"
         if target.kind != "cpu" or self.isa(target) is None:
             return f"{self.name} needs {' or '.join(self.isas)}; {target} has {', '.join(target.isas)}"
+        if min(problem.out_features, problem.in_features) < 1:
+            return f"a ({problem.out_features}, {problem.in_features}) weight has nothing to multiply"
         if max(problem.out_features, problem.in_features, problem.nnz) >= 2**31:
             return f"{self.name} counts in 32 bits: rows, columns and stored values must stay below 2**31"
         return self.needs(problem, fmt.resolve(problem.out_features, problem.in_features), target)

@@ -6,6 +6,7 @@ import functools
 import math
 import re
 import struct
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,11 +138,12 @@ def check(spec: KernelSpec) -> None:
 
     A spec may come from a file, and templates may print its strings.
     """
-    for what, value, known in (
+    tables: list[tuple[str, str, Collection[str]]] = [
         ("dtype", spec.dtype, DTYPES),
         ("instruction set", spec.isa, ISAS),
-        *(("epilogue step", step.name, STEPS) for step in spec.epilogue),
-    ):
+    ]
+    tables += [("epilogue step", step.name, STEPS) for step in spec.epilogue]
+    for what, value, known in tables:
         if value not in known:
             raise SpecError(f"KernelSpec: unknown {what} {value!r}; {nearest(value, known)}")
     names = [spec.op, spec.variant]
@@ -151,9 +153,9 @@ def check(spec: KernelSpec) -> None:
             raise SpecError(f"KernelSpec: {name!r} is not an identifier")
     if not _FORMAT_TEXT.fullmatch(spec.format):
         raise SpecError(f"KernelSpec: {spec.format!r} is not the text of a format")
-    for name, value in (("out_features", spec.out_features), ("in_features", spec.in_features)):
-        if not 0 <= value < 2**31:
-            raise SpecError(f"KernelSpec: {name} is {value}; kernels count in 32 bits, it must be 0 to 2**31 - 1")
+    for name, size in (("out_features", spec.out_features), ("in_features", spec.in_features)):
+        if not 0 <= size < 2**31:
+            raise SpecError(f"KernelSpec: {name} is {size}; kernels count in 32 bits, it must be 0 to 2**31 - 1")
 
 
 def _finalize(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from sparsec.codegen import cache
 from sparsec.errors import ToolchainError
-from sparsec.target import ISAS
+from sparsec.target import ISAS, Target
 
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-math-errno")
 NAMES = ("gcc", "clang", "cc")
@@ -83,6 +84,12 @@ class Toolchain:
     def accepts(self, isa: str) -> bool:
         """Whether this compiler knows the flags of an instruction set; an old one may not. Asked once, kept on disk."""
         return not ISAS[isa].flags or _accepts(self, isa)
+
+    def narrow(self, target: Target) -> Target:
+        """`target` without the features that only kernels beyond this compiler would use."""
+        best = next(isa for isa in target.isas if self.accepts(isa))
+        beyond = {f for isa in target.isas for f in ISAS[isa].features} - set(ISAS[best].features)
+        return dataclasses.replace(target, features=tuple(f for f in target.features if f not in beyond))
 
 
 def find() -> Toolchain:

@@ -11,7 +11,7 @@ import pytest
 
 from sparsec.codegen import toolchain
 from sparsec.errors import ToolchainError
-from sparsec.target import ISAS
+from sparsec.target import ISAS, Target
 
 GCC = shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
 
@@ -130,6 +130,9 @@ def test_accepts_asks_the_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     old = script(tmp_path / "oldcc", 'for a in "$@"; do [ "$a" = -mavx512fp16 ] && exit 1; done; exit 0')
     tools = toolchain.Toolchain((str(old),), "old 1.0")
     assert tools.accepts("portable") and tools.accepts("avx512") and not tools.accepts("avx512fp16")
+    full = Target("x86_64", features=(*ISAS["avx512fp16"].features, "avx512_vnni"))
+    assert full.isas[0] == "avx512fp16" and tools.narrow(full).isas == full.isas[1:]
+    assert "avx512_vnni" in tools.narrow(full).features and tools.narrow(tools.narrow(full)) == tools.narrow(full)
     old.unlink()
     toolchain._accepts.cache_clear()
     assert tools.accepts("avx512") and not tools.accepts("avx512fp16")  # the answers were kept on disk
