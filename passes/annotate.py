@@ -20,7 +20,11 @@ from sparsec.report import Row
 from sparsec.spec import Spec
 from sparsec.structure import measure
 
-_OPS = {"linear": "linear", "conv1d": "conv1d", "conv2d": "conv2d", "conv3d": "conv3d", "embedding": "embedding"}
+_OPS = ("linear", "conv1d", "conv2d", "conv3d", "embedding")  # every other weight op is a "matmul"
+_WHOLE = (
+    *("gru", "lstm", "rnn_tanh", "rnn_relu", "bilinear", "embedding_bag"),
+    *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution"),
+)  # ATen calls that hold weights in a way no pass rewrites
 KERNEL_OPS = ("linear",)
 """Ops that have sparse kernels; sites of the others stay dense."""
 
@@ -59,23 +63,31 @@ class Annotate(Pass):
 
 @dataclass(frozen=True)
 class Opaque:
-    """A module with weights that the capture left whole: it stays dense. `dtype` is that of its largest tensor."""
+    """Something with weights that is no site, a module or an ATen call that stays whole: it stays dense."""
 
     path: str
-    kind: str
+    kind: str  # module type
+    op: str
     nbytes: int
     code: str
     reason: str
 
     def row(self) -> Row:
-        return Row(site=self.path, op="module", nbytes=self.nbytes, dense_nbytes=self.nbytes, code=self.code,
+        return Row(site=self.path, op=self.op, nbytes=self.nbytes, dense_nbytes=self.nbytes, code=self.code,
                    reason=self.reason, error=0.0)  # fmt: skip
 
 
 def opaque_modules(gm: fx.GraphModule) -> list[Opaque]:
-    """The modules with weights that the graph calls as a whole (recurrent layers, attention, quantised modules)."""
+    """What has weights and stays whole: recurrent layers, attention and quantised modules, transposed convolutions."""
     found: dict[str, Opaque] = {}
     for node in gm.graph.nodes:
+        if _short(node) in _WHOLE:
+            weights = [n for n in node.all_input_nodes if n.op == "get_attr"]
+            size = sum(_nbytes(get_constant(gm, str(n.target))) for n in weights)
+            path, kind = owner(node)[0] or "<root>", owner(node)[1]
+            reason = codes.sentence(codes.NO_KERNEL, op=_short(node))
+            if weights:
+                found.setdefault(path, Opaque(path, kind, _short(node), size, codes.NO_KERNEL, reason))
         if node.op != "call_module":
             continue
         module = gm.get_submodule(str(node.target))
@@ -86,8 +98,12 @@ def opaque_modules(gm: fx.GraphModule) -> list[Opaque]:
         path, kind = owner(node)[0] or str(node.target), type(module).__name__
         code = codes.QUANTISED if packed else codes.NO_KERNEL
         reason = codes.sentence(code, **({"detail": kind} if packed else {"op": kind}))
-        found[path] = Opaque(path, kind, sum(t.numel() * t.element_size() for t in tensors), code, reason)
+        found[path] = Opaque(path, kind, "module", sum(_nbytes(t) for t in tensors), code, reason)
     return list(found.values())
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def check_spec(spec: Spec, graphs: Iterable[fx.GraphModule]) -> None:
@@ -156,7 +172,7 @@ def _fact(
     measured: dict[Any, tuple[int, tuple[Structure, ...]]],
 ) -> Fact:
     bound = arguments(node)
-    op = _OPS.get(_short(node), "matmul")
+    op = _short(node) if _short(node) in _OPS else "matmul"
     kind = WEIGHT_OPS[opname(node)]
     bias = bound.get(kind.bias) if kind.bias else None
     constant_bias = isinstance(bias, fx.Node) and bias.op == "get_attr"
