@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from sparsec.graph import Constant, constants
+from sparsec.graph import KEY, Constant, constants
 from sparsec.private import storage_of
 
 
@@ -126,3 +126,4 @@ def prefix_sites(gm: fx.GraphModule, prefix: str) -> None:
     table = constants(gm)
     for name, constant in list(table.items()):
         table[name] = replace(constant, sources=tuple(f"{prefix}.{s}" for s in constant.sources))
+    gm.meta[KEY]["region"] = prefix  # a part of a model: what it lacks may be in another part
