@@ -106,10 +106,13 @@ def _nbytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def check_spec(spec: Spec, graphs: Iterable[fx.GraphModule]) -> None:
-    """Raise SpecError for the first pattern of `spec` that matches no site of any of the annotated graphs."""
-    names: list[str] = []
-    types: list[str] = []
+def check_spec(spec: Spec, graphs: Iterable[fx.GraphModule], others: Iterable[str] = ()) -> None:
+    """Raise SpecError for the first pattern of `spec` that matches no site of any of the annotated graphs.
+
+    `others` are modules that were not captured: naming one is no mistake.
+    """
+    names: list[str] = list(others)
+    types: list[str] = [""] * len(names)
     for gm in graphs:
         for _, known in sites(gm):
             names.append(known.site)
@@ -176,8 +179,8 @@ def _fact(
     kind = WEIGHT_OPS[opname(node)]
     bias = bound.get(kind.bias) if kind.bias else None
     constant_bias = isinstance(bias, fx.Node) and bias.op == "get_attr"
-    base = Fact(site=site, op=op, module=owner(node)[1], weight="", bias=str(bias.target) if constant_bias else None,
-                shape=(0, 0), dtype="float32")  # fmt: skip
+    bias_name = str(bias.target) if isinstance(bias, fx.Node) and constant_bias else None
+    base = Fact(site=site, op=op, module=owner(node)[1], weight="", bias=bias_name, shape=(0, 0), dtype="float32")
     if weight is None:
         return _computed(base, bound["weight"])
     tensor = get_constant(gm, str(weight.target)).detach()
