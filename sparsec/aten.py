@@ -42,16 +42,16 @@ def opname(node: fx.Node) -> str:
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
-    """Schema name -> value for every argument of a library op call, defaults filled in."""
+    """Schema name -> value for every argument of a library op call, in schema order, defaults filled in."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         raise PassError(f"node {node.name!r} calls {target}, which is no library op and has no schema")
-    bound = dict(node.kwargs)
+    bound: dict[str, Any] = {}
     for position, argument in enumerate(target._schema.arguments):
         if position < len(node.args):
             bound[argument.name] = node.args[position]
-        elif argument.name not in bound:
-            bound[argument.name] = argument.default_value
+        else:
+            bound[argument.name] = node.kwargs.get(argument.name, argument.default_value)
     return bound
 
 

@@ -220,7 +220,7 @@ def _inspect(gm: fx.GraphModule, ctx: Context, ensured: set[str], where: str) ->
 
 def snapshot(gm: fx.GraphModule) -> Callable[[], None]:
     """Remember graph, facts, records and root attributes (not the contents of tensors); call the result to go back."""
-    graph = copy.deepcopy(gm.graph)
+    graph = _twin(gm.graph)
     kinds = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
     tables = {name: copy.copy(gm.__dict__[name]) for name in kinds}
     meta = {k: _copied(v) for k, v in gm.meta.items()}
@@ -236,6 +236,17 @@ def snapshot(gm: fx.GraphModule) -> Callable[[], None]:
         gm.recompile()
 
     return restore
+
+
+def _twin(graph: fx.Graph) -> fx.Graph:
+    """A copy of the nodes with their meta; the calling convention is shared, for no pass edits it."""
+    twin = fx.Graph(tracer_cls=graph._tracer_cls)
+    twin.set_codegen(graph._codegen)
+    copied = twin.graph_copy(graph, {}, return_output_node=True)
+    if copied is not None:
+        value, old = copied  # type: ignore[misc]
+        twin.output(value, type_expr=old.type).meta = copy.copy(old.meta)
+    return twin
 
 
 def _copied(value: Any) -> Any:

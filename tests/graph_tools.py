@@ -1,39 +1,23 @@
-"""Small graphs for the tests of passes: exported modules with flat constants, and hand-made ones."""
+"""Small graphs for the tests of passes: captured modules, and hand-made ones."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from sparsec.graph import Constant, constants, get_constant
+from sparsec.capture import capture_whole
+from sparsec.graph import Constant, constants
 
 aten = torch.ops.aten
 
 
-def captured(model: nn.Module, *args: Any, **kwargs: Any) -> fx.GraphModule:
-    """`model` exported as capture does it: ATen, functional, constants flat on the root with their origin."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.export.export(model, args, strict=False, **kwargs).run_decompositions({})
-        raw = program.module(check_guards=False)
-    saved = model.state_dict()
-    root: dict[str, Any] = {}
-    table: dict[str, Constant] = {}
-    for node in raw.graph.nodes:
-        if node.op == "get_attr":
-            flat = node.target.replace(".", "_")
-            root[flat] = get_constant(raw, node.target)
-            table[flat] = Constant((node.target,) if node.target in saved else ())
-            node.target = flat
-    raw.graph._tracer_cls = None
-    gm = fx.GraphModule(root, raw.graph)
-    gm._in_spec, gm._out_spec = raw._in_spec, raw._out_spec
-    constants(gm).update(table)
-    return gm
+def captured(model: nn.Module, *args: Any, shapes: Any = None) -> fx.GraphModule:
+    """`model` in eval mode as capture gives it; without arguments through symbolic_trace, which knows no shapes."""
+    mode = "export" if args else "trace"
+    return capture_whole(model.eval(), args or None, dynamic_shapes=shapes, mode=mode).gm
 
 
 def build(body: Callable[..., Any], *inputs: str, **tensors: torch.Tensor) -> fx.GraphModule:
@@ -49,6 +33,15 @@ def build(body: Callable[..., Any], *inputs: str, **tensors: torch.Tensor) -> fx
     }
     gm = fx.GraphModule(root, graph)
     constants(gm).update({name: Constant((name,)) for name in tensors})
+    return gm
+
+
+def shaped(gm: fx.GraphModule, *inputs: torch.Tensor) -> fx.GraphModule:
+    """Give every node of a hand-made graph its `val`, as capture does."""
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+    FakeTensorProp(gm, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*inputs)
     return gm
 
 
