@@ -37,6 +37,7 @@ NOT_CAPTURED = "SPC0600"
 NEVER_CALLED = "SPC0601"
 NO_EXAMPLES = "SPC0602"
 NOT_CONSTANT = "SPC0603"
+PRUNED = "SPC0604"
 DEVICE = "SPC0700"
 NO_KERNEL = "SPC0800"
 NO_VARIANT = "SPC0801"
@@ -82,6 +83,7 @@ _TABLE = (
     Code(NEVER_CALLED, "never called", "the example inputs never reach this module"),
     Code(NO_EXAMPLES, "no example inputs", "a {op} cannot be timed without example_inputs; pass them to compile"),
     Code(NOT_CONSTANT, "weight is computed", "the weight is computed at run time: {detail}"),
+    Code(PRUNED, "pruned, not compiled", "pruned by {sparsifier}; compile the model to make it faster"),
     Code(DEVICE, "device without kernels", "the weight lives on {device}, for which there are no kernels"),
     Code(NO_KERNEL, "op without kernels", "there are no kernels for {op} yet"),
     Code(NO_VARIANT, "no kernel takes it", "no kernel of the catalogue takes this site: {detail}"),

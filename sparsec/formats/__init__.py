@@ -11,8 +11,9 @@ from sparsec.formats.bitmask import Bitmask
 from sparsec.formats.bsr import BSR
 from sparsec.formats.csr import CSR
 from sparsec.formats.dense import Dense
+from sparsec.formats.nm import NM
 
-FORMATS: dict[str, type[Format]] = {cls.name: cls for cls in (Dense, CSR, Bitmask, BSR)}
+FORMATS: dict[str, type[Format]] = {cls.name: cls for cls in (Dense, CSR, Bitmask, BSR, NM)}
 """Name in canonical text -> class. A user's formats join through `register_format`."""
 
 _TOKEN = re.compile(r"([a-z][a-z0-9_]*)|(-?(?:0|[1-9][0-9]{0,9}))(?![a-z0-9_])|([(),=])")
@@ -120,6 +121,7 @@ __all__ = [
     "BSR",
     "CSR",
     "FORMATS",
+    "NM",
     "VALUE_DTYPES",
     "Bitmask",
     "Buffers",
