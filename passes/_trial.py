@@ -123,7 +123,9 @@ class Trial:
         weight, bias = self._operands(proposal)
         with torch.inference_mode():
             y = self._sparse(proposal, candidate, x, residual)()
-            return verify.check(y, x, weight, bias, proposal.fact.epilogue, residual)
+            rows = verify.sample(x.shape[0])
+            rest = residual[rows] if residual is not None else None
+            return verify.check(y[rows], x[rows], weight, bias, proposal.fact.epilogue, rest)
 
     # -- timing ------------------------------------------------------------------------------------------------------
 

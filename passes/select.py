@@ -62,7 +62,7 @@ class Select(Pass):
         self, proposals: Mapping[fx.Node, Proposal], ctx: Context, rows: dict[str, Row]
     ) -> dict[KernelSpec, Any]:
         """Every candidate's kernel, or its error; an empty table when the machine has no compiler."""
-        from sparsec.progress import progress
+        from sparsec.progress import Progress
 
         if ctx.options.tune == "off":
             for proposal in proposals.values():
@@ -70,7 +70,7 @@ class Select(Pass):
         specs = list(dict.fromkeys(c.spec for p in proposals.values() for c in p.candidates))
         begin = perf_counter()
         errors: dict[KernelSpec, SparsecError] = {}
-        with progress("building kernels", len(specs)) as bar:
+        with Progress(len(specs), "building kernels") as bar:
             kernels = build_kernels(specs, ctx.target, progress=bar.advance, errors=errors)
         ctx.report.timings["build_s"] = ctx.report.timings.get("build_s", 0.0) + perf_counter() - begin
         if errors and ctx.options.fallback == "error":

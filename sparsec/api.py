@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -16,18 +15,17 @@ from sparsec import codes, install
 from sparsec.capture import Captured, capture_whole
 from sparsec.codegen import build, cache
 from sparsec.driver import Context, History, Options, Pass, run_passes
-from sparsec.errors import CaptureError, InputError, SpecError, nearest
+from sparsec.errors import CaptureError, SpecError, nearest
 from sparsec.graph import KEY
 from sparsec.module import CompiledModule
 from sparsec.passes import DEFAULT
+from sparsec.passes.annotate import check_spec
 from sparsec.regions import RegionPlan, capture_regions, install_region
 from sparsec.report import Report, Row
 from sparsec.spec import Spec
 from sparsec.target import Target
 
 CAPTURES = ("auto", "export", "trace", "regions")
-TUNES = ("off", "model", "measure")
-FALLBACKS = ("dense", "error")
 _RESULT = "_sparsec"  # attribute of a region result's root; whole results keep their record in gm.meta
 
 
@@ -105,9 +103,8 @@ class _Job:
             raise SpecError("training=True is not available in this version: compile after training, in eval() mode")
         self.model = model
         self.spec = Spec.of(spec)
-        self.args = _as_args(example_inputs)
-        self.kwargs = dict(example_kwargs or {})
-        self.has_examples = example_inputs is not None or bool(self.kwargs)
+        self.example = example_inputs
+        self.kwargs = example_kwargs
         self.dynamic_shapes = dynamic_shapes
         self.passes = list(DEFAULT if passes is None else passes)
         self.target = Target.parse(target)
@@ -117,13 +114,8 @@ class _Job:
     def options(
         self, tune: str, min_speedup: float, tolerance: float | None, fallback: str, keep_originals: bool
     ) -> None:
-        if not isinstance(min_speedup, (int, float)) or not min_speedup >= 0:
-            raise SpecError(f"min_speedup={min_speedup!r}; valid: 0 (force) or a ratio such as 1.05")
-        if tolerance is not None and not tolerance >= 0:
-            raise SpecError(f"tolerance={tolerance!r}; valid: None or a relative error of at least 0")
         self.settings = Options(
-            tune=_one_of("tune", tune, TUNES), min_speedup=float(min_speedup), tolerance=tolerance,
-            fallback=_one_of("fallback", fallback, FALLBACKS), training=False, keep_originals=bool(keep_originals),
+            tune=tune, min_speedup=min_speedup, tolerance=tolerance, fallback=fallback, keep_originals=keep_originals
         )  # fmt: skip
 
     def run(self, install_it: bool) -> nn.Module:
@@ -132,8 +124,8 @@ class _Job:
         self.report.timings["capture_s"] = perf_counter() - begin
         result = Result(self.report, tuple(self.model.state_dict(keep_vars=True)))
         if captured is not None:
-            result.histories[""] = self._passes(captured, captured.inputs)
-            root: nn.Module = self._finish(captured) if install_it else CompiledModule.wrap(captured.gm, captured.call)
+            result.histories[""] = self._passes(captured)
+            root: nn.Module = CompiledModule.wrap(captured.gm, captured.call)
             root.meta[KEY]["result"] = result
         else:
             root = self._regions(plan, result, install_it)
@@ -148,7 +140,7 @@ class _Job:
         reason = ""
         if self.capture != "regions":
             try:
-                captured = capture_whole(self.model, self.args, self.kwargs, self.dynamic_shapes, self.capture)
+                captured = capture_whole(self.model, self.example, self.kwargs, self.dynamic_shapes, self.capture)
             except CaptureError as error:
                 if self.capture != "auto":
                     raise
@@ -156,32 +148,28 @@ class _Job:
             else:
                 self.report.capture = {"rung": captured.call.rung, "reason": captured.reason}
                 return None, captured
-        plan = capture_regions(self.model, self.args, self.kwargs)
+        plan = capture_regions(self.model, self.example, self.kwargs)
         self.report.capture = {"rung": "regions", "reason": reason}
         return plan, None
 
-    def _passes(self, captured: Captured, inputs: tuple[Any, ...]) -> History:
+    def _passes(self, captured: Captured) -> History:
+        example = captured.example
         context = Context(
-            spec=self.spec, target=self.target, example_inputs=inputs, example_kwargs={}, report=self.report,
-            options=self.settings, capture=captured.call.rung,
+            spec=self.spec, target=self.target, report=self.report, options=self.settings, capture=captured.call.rung,
+            example_inputs=captured.call.flatten(*example) if example is not None else (),
+            has_examples=example is not None,
         )  # fmt: skip
-        history = run_passes(captured.gm, self.passes, context)
-        seconds = self.report.timings.setdefault("passes", {})
-        for entry in history:
-            seconds[entry.name] = seconds.get(entry.name, 0.0) + entry.seconds
-        return history
-
-    def _finish(self, captured: Captured) -> CompiledModule:
-        return CompiledModule.wrap(captured.gm, captured.call)
+        return run_passes(captured.gm, self.passes, context)
 
     def _regions(self, plan: RegionPlan, result: Result, install_it: bool) -> nn.Module:
         for path, captured in plan.regions:
-            result.histories[path] = self._passes(captured, captured.inputs)
+            result.histories[path] = self._passes(captured)
             if install_it:
-                install_region(plan.root, path, self._finish(captured))
+                install_region(plan.root, path, CompiledModule.wrap(captured.gm, captured.call))
         for path, reason in plan.skipped:
             code = codes.NEVER_CALLED if reason == "never called" else codes.NOT_CAPTURED
             self.report.put(Row(site=path or "<root>", op="module", code=code, reason=codes.sentence(code, detail=reason)))
+        check_spec(self.spec, [c.gm for _, c in plan.regions], [path or "<root>" for path, _ in plan.skipped])
         setattr(plan.root, _RESULT, result)
         return plan.root
 
@@ -266,18 +254,6 @@ def _result(cm: nn.Module) -> Result:
     if not isinstance(record, Result):
         raise SpecError(f"{type(cm).__name__} is no result of sparsec.compile or sparsec.sparsify")
     return record
-
-
-def _as_args(example_inputs: Any) -> tuple[Any, ...]:
-    if example_inputs is None:
-        return ()
-    if isinstance(example_inputs, torch.Tensor):
-        return (example_inputs,)
-    if isinstance(example_inputs, Mapping):
-        raise InputError("example_inputs is a tuple of positional arguments; pass a mapping as example_kwargs")
-    if isinstance(example_inputs, Iterable):
-        return tuple(example_inputs)
-    raise InputError(f"example_inputs must be a tuple of positional arguments, got {type(example_inputs).__name__}")
 
 
 def _one_of(name: str, value: str, valid: tuple[str, ...]) -> str:

@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from sparsec.codegen.kernel import Step
 
 _ROWS = 1024  # rows of x that are checked at a time: bounds the float64 copies
+SAMPLE = 256
+"""Rows that `compile` checks per site: the first, the last and evenly spaced ones between. Rows are independent, so this
+covers every output feature, every panel position and the remainder at a fixed cost."""
 _LIPSCHITZ = 1.2  # no epilogue step but `scale` stretches an error by more (gelu: 1.13)
 
 
@@ -59,6 +62,15 @@ def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         kept = w != 0
         rows.append(x[:, kept] @ w[kept])
     return torch.stack(rows, dim=1)
+
+
+def sample(rows: int, limit: int = SAMPLE) -> torch.Tensor | slice:
+    """Which of `rows` rows to check when only `limit` are to be: a quarter at each end, the rest evenly between."""
+    if rows <= limit:
+        return slice(None)
+    edge = limit // 4
+    middle = torch.linspace(edge, rows - edge - 1, limit - 2 * edge).long()
+    return torch.cat([torch.arange(edge), middle, torch.arange(rows - edge, rows)])
 
 
 def check(
