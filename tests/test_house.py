@@ -36,6 +36,8 @@ MAY_ALSO: dict[str, tuple[set[str], str]] = {
     "__init__": ({"api", "face", "formats", "passes", "codegen", "ops", "sparsifiers"}, "the public names"),
     "api": ({"formats", "passes", "codegen", "ops", "sparsifiers"}, "the public functions import everything"),
     "testing": ({"formats", "codegen", "ops"}, "problems and oracles for tests and benchmarks"),
+    "sparsifiers.layers": ({"spec"}, "where= takes the patterns of a spec"),
+    "sparsifiers.pruning": ({"codes"}, "writes report rows"),
     "codegen.render": ({"templates"}, "finds the template files"),
     "ops.linear": ({"verify"}, "a bucket that keeps its dense weight applies the same epilogue"),
     "passes.select": ({"codegen"}, "builds and times candidates"),
