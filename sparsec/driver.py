@@ -242,9 +242,9 @@ def _twin(graph: fx.Graph) -> fx.Graph:
     """A copy of the nodes with their meta; the calling convention is shared, for no pass edits it."""
     twin = fx.Graph(tracer_cls=graph._tracer_cls)
     twin.set_codegen(graph._codegen)
-    copied = twin.graph_copy(graph, {}, return_output_node=True)
+    copied: Any = twin.graph_copy(graph, {}, return_output_node=True)
     if copied is not None:
-        value, old = copied  # type: ignore[misc]
+        value, old = copied
         twin.output(value, type_expr=old.type).meta = copy.copy(old.meta)
     return twin
 
@@ -255,7 +255,7 @@ def _copied(value: Any) -> Any:
         return {k: _copied(v) for k, v in value.items()}
     if type(value) is list:
         return list(value)
-    if dataclasses.is_dataclass(value) and not value.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+    if dataclasses.is_dataclass(value) and not getattr(value, "__dataclass_params__").frozen:  # noqa: B009
         twin = copy.copy(value)
         for slot in dataclasses.fields(value):
             setattr(twin, slot.name, _copied(getattr(value, slot.name)))

@@ -214,10 +214,9 @@ def constant_node(gm: fx.GraphModule, name: str, before: fx.Node) -> fx.Node:
         if node is before:
             break
         if node.op == "get_attr" and node.target == name:
-            return node
+            return node  # type: ignore[no-any-return]
     with gm.graph.inserting_before(before):
-        node = gm.graph.get_attr(name)
-    return node
+        return gm.graph.get_attr(name)
 
 
 def trace_into(before: fx.Node, function: Callable[..., Any], *args: Any) -> fx.Node:
@@ -366,13 +365,8 @@ def _expression(node: fx.Node) -> Any:
     """A hashable form of what a constant node computes: equal forms have equal values."""
     if node.op == "get_attr":
         return node.target
-    inner = fx.node.map_arg((node.args, node.kwargs), lambda n: _Shown(_expression(n)))
-    return str(node.target), repr(inner)
-
-
-@dataclass(frozen=True)
-class _Shown:
-    value: Any
+    known: dict[Any, str] = {n: f"<{_expression(n)}>" for n in node.all_input_nodes}
+    return str(node.target), repr(fx.node.map_aggregate((node.args, node.kwargs), lambda v: known.get(v, v)))
 
 
 def _register(gm: fx.GraphModule, cone: list[fx.Node]) -> str:
@@ -417,15 +411,15 @@ def _recipe(gm: fx.GraphModule, cone: list[fx.Node]) -> Constant:
             fed[node] = [literal(get_constant(gm, str(node.target)))]
     values: dict[fx.Node, Any] = {}
     for node in cone:
-        origin = origins.get(node)
-        if origin is None:
+        inner = origins[node].recipe if node in origins else None
+        if node not in origins:
             values[node] = graph.node_copy(node, values.__getitem__)
             values[node].meta = {}
-        elif origin.recipe is None:
+        elif inner is None:
             values[node] = fed[node][0]
         else:
-            holes = [n for n in origin.recipe.nodes if n.op == "placeholder"]
-            values[node] = graph.graph_copy(origin.recipe, dict(zip(holes, fed[node], strict=True)))
+            holes = [n for n in inner.nodes if n.op == "placeholder"]
+            values[node] = graph.graph_copy(inner, dict(zip(holes, fed[node], strict=True)))
     graph.output(values[cone[-1]])
     return Constant(tuple(sources), graph, tuple(literals))
 
