@@ -47,7 +47,7 @@ def nbytes(value: float) -> str:
 def cells(row: Row) -> tuple[str, ...]:
     """The texts of one row, in the order of `HEADINGS`."""
     batch = "" if row.batch is None else str(row.batch) if isinstance(row.batch, int) else _span(row.batch)
-    gain = f"{row.speedup:.2f}x" if row.speedup else ""
+    gain = "" if row.speedup is None else f"{row.speedup:.{2 if row.speedup < 99.995 else 0}f}x"
     star = "*" if row.decision == "dense" and row.sparse_us is not None else ""
     return (
         row.site,

