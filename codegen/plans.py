@@ -12,7 +12,8 @@ from sparsec.target import Target
 
 Tile = tuple[tuple[str, int], ...]
 
-DEFAULT_PLAN: Plan = ((1, "gemv", 1), (15, "panel", 16), (63, "panel", 32), (0, "panel", 64))
+DEFAULT_PLAN: Plan = ((1, "gemv", 1), (8, "panel", 8), (16, "panel", 16), (63, "panel", 32), (0, "panel", 64))
+"""A panel no wider than the batch, since idle columns cost as much as busy ones; beyond 64 the registers are full."""
 
 
 def single(problem: Problem, fmt: Format, target: Target, isa: str) -> tuple[tuple[Plan, Tile], ...]:
@@ -36,30 +37,30 @@ def linear(problem: Problem, fmt: Format, target: Target, isa: str) -> tuple[tup
 
 
 def panel_block(target: Target, columns: int) -> int:
-    """Inputs per block, a power of two, so that block * columns fp32 activations fill at most half of L1d."""
-    fit = max(16, target.l1d // 2 // (4 * columns))
+    """Inputs per block, a power of two, so that block * columns fp32 activations fit L1d.
+
+    Half and double that size timed within noise of it, so one size is offered and not several.
+    """
+    fit = max(16, target.l1d // (4 * columns))
     return 1 << (fit.bit_length() - 1)
 
 
-def _blocks(problem: Problem, target: Target, multiple: int = 1) -> tuple[int, ...]:
-    """Block sizes worth packing: for the widest and for the middle panel, and never beyond the matrix."""
+def _block(problem: Problem, target: Target, multiple: int = 1) -> int:
+    """The block for the widest panel of the plan, never beyond the matrix."""
     whole = max(1, -(-problem.in_features // multiple)) * multiple
-    sizes = [min(whole, max(multiple, panel_block(target, columns))) for columns in (32, 64)]
-    return tuple(dict.fromkeys(sizes))
+    return min(whole, max(multiple, panel_block(target, DEFAULT_PLAN[-1][2])))
 
 
 def csr_formats(problem: Problem, target: Target) -> tuple[Format, ...]:
-    """CSR with 16-bit columns where they fit, at each block size."""
-    sizes = _blocks(problem, target)
-    return tuple(CSR(block=b).resolve(problem.out_features, problem.in_features) for b in sizes)
+    """CSR with 16-bit columns where they fit."""
+    return (CSR(block=_block(problem, target)).resolve(problem.out_features, problem.in_features),)
 
 
 def bitmask_formats(problem: Problem, target: Target) -> tuple[Format, ...]:
     """Bitmasks of one vector each; smaller than CSR from 6 % density up, and branch-free at one row of x."""
     if problem.density < 0.05:
         return ()
-    sizes = _blocks(problem, target, 16)
-    return tuple(Bitmask(16, b) for b in sizes)
+    return (Bitmask(16, _block(problem, target, 16)),)
 
 
 def bsr_formats(problem: Problem, target: Target) -> tuple[Format, ...]:
