@@ -6,7 +6,7 @@ from torch import fx
 
 from sparsec.driver import Context, Pass
 from sparsec.formats import Format
-from sparsec.graph import Constant, add_constant, constants, drop_dead_constants, fact, get_constant, sites
+from sparsec.graph import Constant, add_constant, constants, drop_dead_constants, epilogue_nodes, get_constant, sites
 from sparsec.install import Installed, ledger
 from sparsec.ops.linear import BUCKETS, OVERLOAD
 from sparsec.passes._trial import Choice
@@ -58,11 +58,9 @@ def _register(gm: fx.GraphModule, weight: str, choice: Choice) -> tuple[str, ...
 
 def _replace(gm: fx.GraphModule, node: fx.Node, names: tuple[str, ...], choice: Choice) -> None:
     """Insert the op behind the last absorbed node, move all uses to it, erase what it replaces."""
-    known = fact(node)
-    by_name = {n.name: n for n in gm.graph.nodes}
-    chain = [node, *(by_name[name] for name in known.absorbed)] if known else [node]
+    absorbed, residual = epilogue_nodes(gm, node)
+    chain = [node, *absorbed]
     last = chain[-1]
-    residual = by_name[known.residual] if known and known.residual else None
     _, weight, bias = (*node.args, None)[:3]
     with gm.graph.inserting_before(last):
         buffers = [gm.graph.get_attr(name) for name in names]
