@@ -6,7 +6,7 @@ import re
 
 from sparsec.errors import SpecError, nearest
 from sparsec.formats._base import Buffers, Format, pattern
-from sparsec.formats._pack import VALUE_DTYPES
+from sparsec.formats._pack import VALUE_DTYPES, nonzero
 from sparsec.formats.bitmask import Bitmask
 from sparsec.formats.bsr import BSR
 from sparsec.formats.csr import CSR
@@ -127,6 +127,7 @@ __all__ = [
     "Buffers",
     "Dense",
     "Format",
+    "nonzero",
     "parse",
     "pattern",
     "register_format",

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -13,7 +14,7 @@ from sparsec import codes
 from sparsec.errors import SpecError
 from sparsec.report import Row
 from sparsec.sparsifiers.layers import Layer, Where, find_layers
-from sparsec.sparsifiers.parts import Sparsifier
+from sparsec.sparsifiers.parts import Sparsifier, zero_entries
 
 RECORD = "_sparsec_report"
 """Attribute of a pruned model: its report rows as plain dicts, so that it can be pickled anywhere."""
@@ -45,15 +46,17 @@ def sparsify(
     rows: dict[str, dict[str, Any]] = {row["site"]: row for row in getattr(pruned, RECORD, [])}
     with torch.no_grad():
         for layer, kept in zip(layers, sparsifier.masks(layers, data)):
-            before, lost = _norm(layer.weight), _norm(layer.weight.masked_fill(kept, 0))
-            layer.weight.masked_fill_(~kept, 0)
-            rows[layer.site] = _row(layer, sparsifier, lost / before if before else 0.0)
+            rows[layer.site] = _row(layer, sparsifier, _prune(layer.weight, kept))
     setattr(pruned, RECORD, list(rows.values()))
     return pruned
 
 
-def _norm(tensor: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor.abs(), dtype=torch.float64))
+def _prune(weight: torch.Tensor, kept: torch.Tensor) -> float:
+    """Set what is not kept to zero in place; returns the norm of that over the norm of the whole."""
+    sizes = weight.detach().abs().to("cpu", torch.float32).reshape(-1).numpy()
+    whole, lost = float(np.linalg.norm(sizes)), float(np.linalg.norm(sizes[~kept.cpu().reshape(-1).numpy()]))
+    weight.masked_fill_(~kept, 0)
+    return lost / whole if whole else 0.0
 
 
 def _row(layer: Layer, sparsifier: Sparsifier, error: float) -> dict[str, Any]:
@@ -62,6 +65,6 @@ def _row(layer: Layer, sparsifier: Sparsifier, error: float) -> dict[str, Any]:
     size = weight.numel() * weight.element_size()
     return Row(
         site=layer.site, op=layer.op, shape=tuple(weight.shape),
-        density=int(torch.count_nonzero(weight)) / max(1, weight.numel()), nbytes=size, dense_nbytes=size,
+        density=1 - int(zero_entries(weight).sum()) / max(1, weight.numel()), nbytes=size, dense_nbytes=size,
         code=codes.PRUNED, reason=codes.sentence(codes.PRUNED, sparsifier=repr(sparsifier)), error=error,
     ).to_dict()  # fmt: skip
