@@ -109,3 +109,16 @@ def sentence(code: str, **values: Any) -> str:
     if missing:
         raise SpecError(f"the sentence of {code} needs {', '.join(missing)}; given: {', '.join(values) or 'nothing'}")
     return template.format(**values)
+
+
+def markdown() -> str:
+    """All codes as a page of documentation."""
+    head = [
+        "# Report codes",
+        "",
+        "Every row of a report has one of these codes and its sentence. Codes are stable: programs may test them.",
+        "",
+        "| code | title | sentence |",
+        "|---|---|---|",
+    ]
+    return "\n".join(head + [f"| {c.code} | {c.title} | {c.template} |" for c in CODES.values()]) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,3 +35,13 @@ def test_example_runs(name: str, tmp_path: Path):
     assert done.returncode == 0, done.stderr[-3000:]
     missing = [text for text in SAYS[name] if text not in done.stdout]
     assert not missing, f"{missing} not in\n{done.stdout[-3000:]}"
+
+
+def test_the_readme_example_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (FOLDER.parent / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 3
+    for block in blocks:
+        compile(block, "README.md", "exec")
+    done = subprocess.run([sys.executable, "-c", blocks[0]], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "sparsec report, 3 sites" in done.stdout and "agrees: True" in done.stdout

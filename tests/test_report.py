@@ -8,6 +8,7 @@ import logging
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -194,6 +195,13 @@ def test_codes_are_stable_and_sentences_complete():
         codes.sentence(codes.WITHIN_MARGIN, speedup=1.03)
     with pytest.raises(SpecError, match=r"no report code .SPC0109.; nearest: .*SPC0100"):
         codes.sentence("SPC0109")
+
+
+def test_the_table_of_codes_is_documented(request: pytest.FixtureRequest):
+    page = Path(__file__).parent.parent / "docs" / "codes.md"
+    if request.config.getoption("--update-golden"):
+        page.write_text(codes.markdown(), encoding="utf-8")
+    assert page.read_text(encoding="utf-8") == codes.markdown(), "run pytest with --update-golden"
 
 
 class _Terminal(io.StringIO):
