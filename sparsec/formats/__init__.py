@@ -11,9 +11,10 @@ from sparsec.formats.bitmask import Bitmask
 from sparsec.formats.bsr import BSR
 from sparsec.formats.csr import CSR
 from sparsec.formats.dense import Dense
+from sparsec.formats.fan_in import FanIn
 from sparsec.formats.nm import NM
 
-FORMATS: dict[str, type[Format]] = {cls.name: cls for cls in (Dense, CSR, Bitmask, BSR, NM)}
+FORMATS: dict[str, type[Format]] = {cls.name: cls for cls in (Dense, CSR, Bitmask, BSR, NM, FanIn)}
 """Name in canonical text -> class. A user's formats join through `register_format`."""
 
 _TOKEN = re.compile(r"([a-z][a-z0-9_]*)|(-?(?:0|[1-9][0-9]{0,9}))(?![a-z0-9_])|([(),=])")
@@ -126,6 +127,7 @@ __all__ = [
     "Bitmask",
     "Buffers",
     "Dense",
+    "FanIn",
     "Format",
     "nonzero",
     "parse",

@@ -87,7 +87,7 @@ class Format:
     def accept(self, dense: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """`dense` detached and contiguous, and its pattern. Raises FormatError with the reason when refused."""
         kept = pattern(dense, mask)
-        reason = self.refuse(dense, mask)
+        reason = self.refuse(dense) if mask is None else self.refuse(dense, mask)
         if reason is not None:
             raise FormatError(f"{self.text()} cannot hold a {tuple(dense.shape)} weight: {reason}")
         return dense.detach().contiguous(), kept
