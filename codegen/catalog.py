@@ -101,7 +101,7 @@ class Variant:
 
 
 _AVX512_TO_C = ("avx512", "avx2", "portable")
-_BF16 = ("avx512bf16", "avx512", "avx2", "portable")
+_BITMASK_BF16 = ("avx512bf16", "avx512vbmi2", *_AVX512_TO_C)  # expands 16-bit lanes, dot products of pairs
 
 CATALOG: tuple[Variant, ...] = (
     Variant(
@@ -110,7 +110,7 @@ CATALOG: tuple[Variant, ...] = (
     ),
     Variant(
         "linear_csr_bf16", "linear", "csr", "linear_csr.c.jinja", dtypes=("bfloat16",),
-        isas=_BF16, choose=plans.linear, candidates=plans.csr_formats,
+        isas=_AVX512_TO_C, choose=plans.linear, candidates=plans.csr_formats,
     ),
     Variant(
         "linear_bitmask", "linear", "bitmask", "linear_bitmask.c.jinja",
@@ -118,7 +118,7 @@ CATALOG: tuple[Variant, ...] = (
     ),
     Variant(
         "linear_bitmask_bf16", "linear", "bitmask", "linear_bitmask.c.jinja", dtypes=("bfloat16",),
-        isas=_BF16, choose=plans.linear, candidates=plans.bitmask_formats,
+        isas=_BITMASK_BF16, choose=plans.linear, candidates=plans.bitmask_formats,
     ),
     Variant(
         "linear_bsr", "linear", "bsr", "linear_bsr.c.jinja",
@@ -126,7 +126,7 @@ CATALOG: tuple[Variant, ...] = (
     ),
     Variant(
         "linear_bsr_bf16", "linear", "bsr", "linear_bsr.c.jinja", dtypes=("bfloat16",),
-        isas=_BF16, choose=plans.linear, candidates=plans.bsr_formats,
+        isas=_AVX512_TO_C, choose=plans.linear, candidates=plans.bsr_formats,
     ),
 )  # fmt: skip
 """Built-in variants, in the order in which `tune="off"` tries them."""

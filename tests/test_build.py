@@ -8,8 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -148,6 +150,34 @@ def test_compile_errors_carry_command_output_and_source(tmp_path: Path, monkeypa
     kernels = build.build_kernels([spec, good], HERE, errors=errors)
     assert list(kernels) == [good] and isinstance(errors[spec], ToolchainError) and list(errors) == [spec]
     assert not list((cache.open_cache().root / "tmp").iterdir())
+
+
+def test_a_disk_that_fills_while_compiling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSEC_CACHE_DIR", str(tmp_path / "small"))
+    toolchain.find()
+    real = toolchain.Toolchain.compile
+
+    def compile(self: toolchain.Toolchain, source: Path, output: Path, isa: str) -> None:
+        if source.is_relative_to(tmp_path):
+            raise ToolchainError("compiler failed with status 1\nas: out.o: No space left on device")
+        real(self, source, output, isa)
+
+    monkeypatch.setattr(toolchain.Toolchain, "compile", compile)
+    kernel = build.get_kernel(tiny_kernel.spec(100).text())
+    assert run(kernel)[0] == 100.0 and not Path(kernel.path).is_relative_to(tmp_path)
+    assert "No space left on device" in cache.notes()[0] and str(tmp_path / "small") in cache.notes()[0]
+
+
+def test_threads_that_want_one_kernel_build_it_once(compiled: list[str]) -> None:
+    text, barrier = tiny_kernel.spec(400).text(), threading.Barrier(4)
+
+    def get(_: int) -> Kernel:
+        barrier.wait(60)
+        return build.get_kernel(text)
+
+    with ThreadPoolExecutor(4) as pool:
+        kernels = list(pool.map(get, range(4)))
+    assert all(kernel is kernels[0] for kernel in kernels) and len(compiled) == 1
 
 
 def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
