@@ -54,8 +54,7 @@ def interleaved(models: dict[str, torch.nn.Module], batch: dict[str, torch.Tenso
 def main(name: str, quick: bool) -> None:
     tokenizer, dense = AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name).eval()
     count, length = (8, 32) if quick else (64, 128)
-    kwargs = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
-    tokens = tokenizer(sentences(count), **kwargs)
+    tokens = tokenizer(sentences(count), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     batches = [{k: v[i : i + 8] for k, v in tokens.items()} for i in range(0, count, 8)]
     original = embed(dense, batches)
     for zeros in (0.9,) if quick else (0.8, 0.9):
