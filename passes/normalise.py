@@ -8,16 +8,18 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparsec.aten import arguments, opname, same_shape, same_size, set_argument
+from sparsec.aten import arguments, operands, opname, same_shape, same_size, set_argument
 from sparsec.driver import Context, Pass
 from sparsec.graph import (
     Constant,
+    cone,
     constant_nodes,
     constants,
     drop_unread,
     fold_constants,
     get_constant,
     mutated,
+    pure,
 )
 
 aten = torch.ops.aten
@@ -36,7 +38,7 @@ class Normalise(Pass):
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         changes = _one_reader(gm) + _drop_noops(gm)
         if not ctx.options.training:
-            changes += _products(gm) + _unflatten(gm) + fold_constants(gm)
+            changes += _spell_out(gm) + _products(gm) + _unflatten(gm) + fold_constants(gm)
         changes += _positional(gm)
         before = len(gm.graph.nodes)
         gm.graph.eliminate_dead_code()
@@ -159,6 +161,59 @@ def _leaving(gm: fx.GraphModule) -> set[fx.Node]:
 def _fresh(node: fx.Node) -> bool:
     """Whether `node` makes new memory that only its one user sees: then a copy of it is as good as itself."""
     return node.op == "call_function" and not _is_view(node) and len(node.users) == 1
+
+
+# Constant expressions of a traced graph
+
+
+def _spell_out(gm: fx.GraphModule) -> int:
+    """`w.t()`, `w / torch.norm(w)` --> ATen calls, for what a traced graph computes from constants for a weight op."""
+    written = mutated(gm)
+    settled: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        inputs = node.all_input_nodes
+        call = node.op in ("call_function", "call_method") and inputs and all(n in settled for n in inputs)
+        if call or (node.op == "get_attr" and node.target not in written):
+            settled.add(node)
+    roots: dict[fx.Node, None] = {}
+    for node in gm.graph.nodes:
+        if node not in settled:
+            roots.update(dict.fromkeys(n for n in operands(node, bias=True) if n in settled))
+    opaque = [root for root in roots if any(n.op != "get_attr" and not opname(n) for n in cone(root))]
+    return sum(_spell(gm, root) for root in opaque)
+
+
+def _spell(gm: fx.GraphModule, root: fx.Node) -> int:
+    """Trace the expression on fake tensors; it stays opaque when it cannot be traced or is not a pure function."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    nodes = cone(root)
+    leaves = [n for n in nodes if n.op == "get_attr"]
+
+    def run(*tensors: torch.Tensor) -> Any:
+        values: dict[fx.Node, Any] = dict(zip(leaves, tensors))
+        for node in nodes:
+            if node not in values:
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+                method = getattr(args[0], str(node.target)) if node.op == "call_method" else None
+                values[node] = method(*args[1:], **kwargs) if method else node.target(*args, **kwargs)  # type: ignore[operator]
+        return values[root]
+
+    try:
+        with torch.no_grad():
+            traced = make_fx(run, tracing_mode="fake")(*(get_constant(gm, str(n.target)).detach() for n in leaves))
+    except Exception:  # an arbitrary function of the model, which nothing promises to be traceable
+        return 0
+    graph = traced.graph
+    if any(n.op == "get_attr" or (n.op == "call_function" and not pure(n)) for n in graph.nodes):
+        return 0
+    holes = [n for n in graph.nodes if n.op == "placeholder"]
+    with gm.graph.inserting_before(root):
+        new = gm.graph.graph_copy(graph, dict(zip(holes, leaves, strict=True)))
+    if not isinstance(new, fx.Node):
+        return 0
+    root.replace_all_uses_with(new)
+    return 1
 
 
 # Products with a constant

@@ -300,10 +300,10 @@ def constant_nodes(gm: fx.GraphModule) -> dict[fx.Node, None]:
     known: dict[fx.Node, None] = {}
     for node in gm.graph.nodes:
         if node.op == "get_attr":
-            pure = node.target not in written and isinstance(get_constant(gm, node.target), torch.Tensor)
+            fixed = node.target not in written and isinstance(get_constant(gm, node.target), torch.Tensor)
         else:
-            pure = _pure(node) and all(n in known for n in node.all_input_nodes)
-        if pure:
+            fixed = pure(node) and all(n in known for n in node.all_input_nodes)
+        if fixed:
             known[node] = None
     return known
 
@@ -325,7 +325,7 @@ def fold_constants(gm: fx.GraphModule, only_weights: bool = True) -> int:
     for root in roots:
         key = _expression(root)
         if key not in made:
-            name = _register(gm, _cone(root))
+            name = _register(gm, cone(root))
             with gm.graph.inserting_before(first):
                 made[key] = gm.graph.get_attr(name)
             if "val" in root.meta:
@@ -336,7 +336,8 @@ def fold_constants(gm: fx.GraphModule, only_weights: bool = True) -> int:
     return len(roots)
 
 
-def _pure(node: fx.Node) -> bool:
+def pure(node: fx.Node) -> bool:
+    """Whether a node is an ATen call without effects and without chance (or an element of a result)."""
     target = node.target
     if node.op != "call_function":
         return False
@@ -347,7 +348,7 @@ def _pure(node: fx.Node) -> bool:
     return not (target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags)
 
 
-def _cone(root: fx.Node) -> list[fx.Node]:
+def cone(root: fx.Node) -> list[fx.Node]:
     """The nodes that `root` is computed from, itself included, inputs first."""
     order: dict[fx.Node, None] = {}
 
@@ -369,25 +370,25 @@ def _expression(node: fx.Node) -> Any:
     return str(node.target), repr(fx.node.map_aggregate((node.args, node.kwargs), lambda v: known.get(v, v)))
 
 
-def _register(gm: fx.GraphModule, cone: list[fx.Node]) -> str:
-    """Evaluate the last node of `cone` and put it on the root; returns its name."""
+def _register(gm: fx.GraphModule, nodes: list[fx.Node]) -> str:
+    """Evaluate the last node of `nodes` and put it on the root; returns its name."""
     values: dict[fx.Node, Any] = {}
     with torch.no_grad():
-        for node in cone:
+        for node in nodes:
             leaf = node.op == "get_attr"
             values[node] = get_constant(gm, str(node.target)).detach() if leaf else call(node, values)
-    tensor = values[cone[-1]]
-    names = [str(n.target) for n in cone if n.op == "get_attr"]
+    tensor = values[nodes[-1]]
+    names = [str(n.target) for n in nodes if n.op == "get_attr"]
     learned = any(isinstance(get_constant(gm, name), nn.Parameter) for name in names)
-    stem = names[0] if names else cone[-1].name
+    stem = names[0] if names else nodes[-1].name
     stem = stem if stem.endswith("_folded") else f"{stem}_folded"
-    return add_constant(gm, stem, tensor, _recipe(gm, cone), parameter=learned and tensor.is_floating_point())
+    return add_constant(gm, stem, tensor, _recipe(gm, nodes), parameter=learned and tensor.is_floating_point())
 
 
-def _recipe(gm: fx.GraphModule, cone: list[fx.Node]) -> Constant:
-    """The origin of the last node of `cone`; recipes of constants that were folded before are inlined."""
+def _recipe(gm: fx.GraphModule, nodes: list[fx.Node]) -> Constant:
+    """The origin of the last node of `nodes`; recipes of constants that were folded before are inlined."""
     table = constants(gm)
-    origins = {n: table.get(str(n.target), Constant(())) for n in cone if n.op == "get_attr"}
+    origins = {n: table.get(str(n.target), Constant(())) for n in nodes if n.op == "get_attr"}
     sources: dict[str, None] = {}
     for origin in origins.values():
         names = origin.sources if origin.recipe is not None else origin.sources[:1]
@@ -410,7 +411,7 @@ def _recipe(gm: fx.GraphModule, cone: list[fx.Node]) -> Constant:
         else:
             fed[node] = [literal(get_constant(gm, str(node.target)))]
     values: dict[fx.Node, Any] = {}
-    for node in cone:
+    for node in nodes:
         inner = origins[node].recipe if node in origins else None
         if node not in origins:
             values[node] = graph.node_copy(node, values.__getitem__)
@@ -420,13 +421,13 @@ def _recipe(gm: fx.GraphModule, cone: list[fx.Node]) -> Constant:
         else:
             holes = [n for n in inner.nodes if n.op == "placeholder"]
             values[node] = graph.graph_copy(inner, dict(zip(holes, fed[node], strict=True)))
-    graph.output(values[cone[-1]])
+    graph.output(values[nodes[-1]])
     return Constant(tuple(sources), graph, tuple(literals))
 
 
 def _sweep(gm: fx.GraphModule, roots: Iterable[fx.Node]) -> None:
     """Erase folded expressions, and the constants that nothing reads any more."""
-    cones = {node for root in roots for node in _cone(root)}
+    cones = {node for root in roots for node in cone(root)}
     for node in [n for n in reversed(gm.graph.nodes) if n in cones and n.op != "get_attr"]:
         if not node.users:
             gm.graph.erase_node(node)

@@ -340,3 +340,60 @@ def test_normalising_twice_changes_nothing() -> None:
     assert history[1].changes > 0
     assert history[2].changes == 0
     assert history[2].code == history[1].code
+
+
+# traced graphs
+
+
+TRACED = ["addmm", "mm", "matmul", "transposed", "T", "permute", "einsum io", "einsum oi", "normed", "cast", "masked",
+          "triangle", "scaled bias", "two sources"]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TRACED)
+def test_constant_expressions_of_traced_graphs_are_spelled_out(case: str) -> None:
+    body, sources = PRODUCTS[case]
+    model, x = Calls(body), torch.randn(4, 6)
+    gm = captured(model)
+    run_passes(gm, [Normalise()], Context(capture="trace"))
+    assert calls(gm) == ["linear"]
+    node = next(n for n in gm.graph.nodes if n.op == "call_function")
+    assert node.args[1].op == "get_attr"
+    assert constants(gm)[node.args[1].target].sources == sources
+    torch.testing.assert_close(gm(x), model(x))
+
+
+def noisy(w: torch.Tensor) -> torch.Tensor:
+    return w * torch.rand_like(w)
+
+
+def looked_at(w: torch.Tensor) -> torch.Tensor:
+    return w * w.max().item()
+
+
+def rewritten(w: torch.Tensor) -> torch.Tensor:
+    return w.clone().fill_(2.0)
+
+
+def opaque(function: Callable[..., Any]) -> fx.GraphModule:
+    """linear(x, function(w)) as a traced graph may hold it, normalised."""
+    gm = build(lambda x, w: aten.linear.default(x, w), "x", w=torch.randn(6, 6))
+    linear = next(n for n in gm.graph.nodes if n.op == "call_function")
+    with gm.graph.inserting_before(linear):
+        linear.update_arg(1, gm.graph.call_function(function, (linear.args[1],)))
+    run_passes(gm, [Normalise()], Context(capture="trace"))
+    return gm
+
+
+def test_recipes_may_look_at_values() -> None:
+    gm = opaque(looked_at)
+    (origin,) = constants(gm).values()
+    fresh = torch.randn(6, 6)
+    assert calls(gm) == ["linear"]
+    torch.testing.assert_close(evaluate(origin, [fresh]), looked_at(fresh))
+
+
+@pytest.mark.parametrize("function", [noisy, rewritten])
+def test_what_cannot_be_a_recipe_stays_opaque(function: Callable[..., Any]) -> None:
+    gm = opaque(function)
+    assert [n.target for n in gm.graph.nodes if n.op == "call_function"] == [function, aten.linear.default]
+    assert set(constants(gm)) == {"w"}
