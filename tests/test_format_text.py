@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from format_tools import FORMAT_LIST
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from format_tools import FORMAT_LIST
 from sparsec.errors import SpecError
 from sparsec.formats import FORMATS, NM, FanIn, Format, parse, register_format
 

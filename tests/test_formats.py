@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from format_tools import COMMON, DTYPES, FORMAT_LIST, Break, bits, longer, nbytes, put, shorter, strided, swap, weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from format_tools import COMMON, DTYPES, FORMAT_LIST, Break, bits, longer, nbytes, put, shorter, strided, swap, weight
 from sparsec.errors import FormatError, SpecError
 from sparsec.formats import BSR, CSR, Bitmask, Dense, Format, pattern
 
@@ -248,3 +248,24 @@ def test_refuses_quantised_and_sparse_tensors() -> None:
 def test_fields_are_checked(make: Callable[[], Format], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         make()
+
+
+@pytest.mark.parametrize("fmt", [f for f in FORMAT_LIST if f != Dense()], ids=[i for i in ids if i != "dense"])
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_what_validate_passes_cannot_lead_outside(fmt: Format, data: st.DataObject) -> None:
+    """Random damage to an index buffer is refused, or unpacks to a matrix that packs into the very same indices."""
+    rows, cols = 9, 21
+    buffers = fmt.pack(weight(rows, cols, 0.4))
+    key = data.draw(st.sampled_from(fmt.buffers[1:]))
+    at = data.draw(st.integers(0, buffers[key].numel() - 1))
+    kind = torch.iinfo(buffers[key].dtype)
+    value = data.draw(st.one_of(st.integers(-3, 40), st.integers(kind.min, kind.max)))
+    damaged = {**buffers, key: buffers[key].clone()}
+    damaged[key].view(-1)[at] = value
+    try:
+        fmt.validate(damaged, rows, cols)
+    except FormatError:
+        return
+    again = fmt.pack(fmt.unpack(damaged, rows, cols))
+    assert all(torch.equal(again[k], damaged[k]) for k in damaged)

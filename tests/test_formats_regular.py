@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from format_tools import COMMON, DTYPES, Break, nbytes, put, shorter, strided, swap, weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from format_tools import COMMON, DTYPES, Break, nbytes, put, shorter, strided, swap, weight
 from sparsec.errors import FormatError, SpecError
 from sparsec.formats import NM, FanIn, parse
 
