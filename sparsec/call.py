@@ -22,6 +22,7 @@ MISMATCH: Any = type("Mismatch", (), {"__repr__": lambda self: "<mismatch>"})()
 """What `attempt` returns instead of raising when a call is not the captured one."""
 
 _KINDS = inspect.Parameter
+_STARRED = (_KINDS.VAR_POSITIONAL, _KINDS.VAR_KEYWORD)
 _counter = 0
 
 
@@ -197,10 +198,15 @@ class _Writer:
 
     def function(self, name: str, reject: str, skip: str) -> str:
         self.bound = set()
-        prepare, checks, passed = [], [], []
+        prepare: list[str] = []
+        checks: list[str] = []
+        passed: list[str] = []
         for argument in self.call.arguments:
             if argument.lone is not None:
                 exprs = [argument.param]
+            elif not argument.leaves and self.call.signature.parameters[argument.param].kind in _STARRED:
+                checks.append(f"not {argument.param}")
+                continue
             else:
                 variable = f"_sc_t{len(prepare)}"
                 prepare.append(f"{variable} = _sc_flatten({argument.param}, {self.constant(argument.spec)})")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from sparsec.errors import CaptureError, InputError, SpecError, nearest
 from sparsec.failures import explain_failure
 from sparsec.flatten import flatten_constants
 from sparsec.graph import KEY
-from sparsec.private import shadow, storages
+from sparsec.private import check_hooks, shadow, storages
 
 __all__ = ["CallInfo", "Captured", "capture_whole"]
 
@@ -69,21 +69,27 @@ def capture_whole(
         raise CaptureError("capture='export' needs example_inputs; give them, or use capture='trace'")
     if dynamic_shapes is not None and example is None:
         raise SpecError("dynamic_shapes means nothing without example_inputs; give both")
+    check_hooks(model)
+    if example is not None:
+        run_once(model, example, training)
     borrowed = storages(model)
     copied = shadow(model, training)
     reasons: list[str] = []
     if mode != "trace" and example is not None:
         try:
             return _finish(capture_export(copied, example, dynamic_shapes, training), reasons, borrowed)
+        except (SpecError, InputError):
+            raise
         except Exception as error:
             reasons.append(f"torch.export: {explain_failure(error, model)}")
-        check_model_runs(shadow(model, training), example)
         copied = shadow(model, training)
     if mode != "export":
         from sparsec.capture_trace import capture_trace
 
         try:
             return _finish(capture_trace(copied, example, dynamic_shapes, training), reasons, borrowed)
+        except (SpecError, InputError):
+            raise
         except Exception as error:
             reasons.append(f"symbolic_trace: {explain_failure(error, model)}")
     raise CaptureError("the model cannot be captured as one graph; " + "; ".join(reasons))
@@ -234,12 +240,30 @@ def _map_with_spec(fn: Any, value: Any, spec: Any) -> Any:
     return value
 
 
-def check_model_runs(model: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
-    """InputError when the original itself fails on the example inputs: then no rung can be blamed."""
-    args, kwargs = copy.deepcopy(pytree.tree_map(lambda v: v.detach() if isinstance(v, torch.Tensor) else v, example))
+def run_once(model: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]], training: bool = False) -> None:
+    """Run a private copy on the example inputs, to find early what no graph can be blamed for.
+
+    Raises InputError when the model fails on them, CaptureError when its forward assigns attributes (export would undo
+    that silently and bake in the first value).
+    """
+    from sparsec.capture_export import check_state
+
+    probe = shadow(model, training, buffers=True)
+    before = [dict(vars(m)) for m in probe.modules()]
+    args, kwargs = pytree.tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, example)
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), blame_inputs(model):
+        probe(*args, **kwargs)
     try:
-        with torch.no_grad():
-            model(*args, **kwargs)
+        check_state(probe, before)
+    except RuntimeError as error:
+        raise CaptureError(f"the model cannot be captured as one graph; {explain_failure(error, model)}") from None
+
+
+@contextlib.contextmanager
+def blame_inputs(model: nn.Module) -> Iterator[None]:
+    """Turn any failure of a model's own run into an InputError about the example inputs."""
+    try:
+        yield
     except Exception as error:
         raise InputError(
             f"the model itself fails on the example inputs: {explain_failure(error, model)}; "

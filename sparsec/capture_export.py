@@ -15,8 +15,6 @@ from torch.utils import _pytree as pytree
 from sparsec.call import CallInfo, Leaf, same
 from sparsec.failures import quiet
 
-aten = torch.ops.aten
-
 
 def run_export(model: nn.Module, example: Any, shapes: Any) -> tuple[Any, list[str]]:
     """The functional ExportedProgram of a private copy, and notes on what had to be changed to get it."""
@@ -42,11 +40,18 @@ def _export(model: nn.Module, args: Any, kwargs: Any, shapes: Any) -> Any:
 def check_state(model: nn.Module, before: list[dict[str, Any]]) -> None:
     """RuntimeError when a forward assigned attributes: a graph would repeat the first value for ever."""
     for (path, module), old in zip(model.named_modules(), before):
-        now = vars(module)
-        for name in [*now]:
-            if name not in old or _changed(old[name], now[name]):
-                owner = f"{path or '<root>'} ({type(module).__name__})"
-                raise RuntimeError(f"the forward of {owner} assigns self.{name}, a side effect that no graph can hold")
+        for name in changed_attributes(module, old):
+            owner = f"{path or '<root>'} ({type(module).__name__})"
+            raise RuntimeError(f"the forward of {owner} assigns self.{name}, a side effect that no graph can hold")
+
+
+def changed_attributes(module: nn.Module, old: dict[str, Any]) -> Iterator[str]:
+    """Attributes of a module that differ from the earlier `vars(module)`, but for weights that hooks compute anew."""
+    for name, value in vars(module).items():
+        if module._forward_pre_hooks and isinstance(old.get(name), torch.Tensor):
+            continue
+        if name not in old or _changed(old[name], value):
+            yield name
 
 
 def _changed(old: Any, new: Any) -> bool:
@@ -84,7 +89,7 @@ def guard(call: CallInfo, program: Any, gm: fx.GraphModule) -> CallInfo:
     order = iter([n for n in gm.graph.nodes if n.op == "placeholder"])
     rename: dict[str, str] = {}
     arguments = []
-    for argument in _export_order(call):
+    for argument in call.arguments:
         leaves = []
         for leaf in argument.leaves:
             if not argument.given:
@@ -102,11 +107,6 @@ def guard(call: CallInfo, program: Any, gm: fx.GraphModule) -> CallInfo:
         symbols.setdefault(name, (0, None))
     conditions = _conditions(getattr(program, "_guards_code", None) or [], arguments)
     return replace(call, arguments=tuple(arguments), symbols=symbols, conditions=conditions)
-
-
-def _export_order(call: CallInfo) -> list[Any]:
-    """Arguments in the order of export's placeholders, which is the signature's."""
-    return list(call.arguments)
 
 
 def _guard_leaf(leaf: Leaf, node: fx.Node, rename: dict[str, str], gm: fx.GraphModule) -> Leaf:

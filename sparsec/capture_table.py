@@ -266,7 +266,8 @@ def rule_of(node: fx.Node, root: nn.Module) -> Rule | None:
     if node.op == "call_method":
         return METHODS.get(str(node.target)) or IN_PLACE.get(str(node.target))
     if node.op == "call_function":
-        return FUNCTIONS.get(node.target) or IN_PLACE.get(node.target)
+        target: Any = node.target
+        return FUNCTIONS.get(target) or IN_PLACE.get(target)
     return None
 
 
@@ -284,5 +285,6 @@ def writes_input(node: fx.Node, root: nn.Module) -> bool:
 
 
 def _positional_inplace(node: fx.Node) -> bool:
-    where = {F.relu: 1, F.relu6: 1, F.silu: 1, F.hardswish: 1, F.hardtanh: 3, F.dropout: 3}.get(node.target)
+    known: dict[Any, int] = {F.relu: 1, F.relu6: 1, F.silu: 1, F.hardswish: 1, F.hardtanh: 3, F.dropout: 3}
+    where = known.get(node.target)
     return where is not None and len(node.args) > where and node.args[where] is True

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -19,6 +19,7 @@ from sparsec.capture_export import check_state
 from sparsec.capture_table import ARITHMETIC, rule_of, writes_input
 from sparsec.failures import quiet
 from sparsec.flatten import flatten_constants
+from sparsec.private import shadow
 
 OWNING = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Modules whose weight must not vanish inside an opaque call."""
@@ -42,7 +43,8 @@ def capture_trace(
     gm = flatten_constants(gm, model, None, training)
     if example is not None:
         inputs = call.flatten(*example)
-        fakes = _fake_inputs(inputs, _dynamic(call, by_name) if by_name else {})
+        dynamic = _dynamic(call, by_name or {})
+        fakes = [(value, dynamic.get(leaf.name, set())) for value, leaf in zip(inputs, call.guards)]
         propagate(gm, fakes)
         call = _guard(call, fakes, guard_shapes)
     arithmetic(gm)
@@ -79,6 +81,11 @@ class _Tracer(fx.Tracer):
             else:
                 args.append(value)
         return lambda: root_fn(self.root, *args, **kwargs), []
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        # Hooks that compute a weight (pruning) run only in the call of a module that is entered.
+        hooked = bool(m._forward_pre_hooks or m._forward_hooks)
+        return not hooked and super().is_leaf_module(m, module_qualified_name)
 
     def _leaf(self, leaf: Leaf) -> Any:
         if not leaf.slot:
@@ -141,7 +148,8 @@ class _Appender(fx.proxy.GraphAppendingTracer):
 
 def _apply(gm: fx.GraphModule, node: fx.Node, rule: Callable[..., Any]) -> Any:
     tracer = _Appender(gm.graph, {k: node.meta[k] for k in ("nn_module_stack", "stack_trace") if k in node.meta})
-    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: fx.Proxy(n, tracer))
+    proxy: Any = lambda n: fx.Proxy(n, tracer)  # noqa: E731
+    args, kwargs = cast(Any, fx.map_arg((node.args, dict(node.kwargs)), proxy))
     with gm.graph.inserting_before(node):
         if node.op == "call_module":
             module = gm.get_submodule(str(node.target))
@@ -216,8 +224,10 @@ def _surely_tensor(value: Any) -> bool:
         return isinstance(value.meta["val"], torch.Tensor)
     if value.op == "get_attr":
         return True
-    tensor_op = isinstance(value.target, torch._ops.OpOverload) and len(value.target._schema.returns) == 1
-    return value.op == "call_function" and tensor_op and str(value.target._schema.returns[0].type) == "Tensor"
+    if not isinstance(value.target, torch._ops.OpOverload):
+        return False
+    returns = value.target._schema.returns
+    return len(returns) == 1 and str(returns[0].type) == "Tensor"
 
 
 # Shapes
@@ -244,11 +254,6 @@ def _leaf_specs(tree: pytree.TreeSpec | None, spec: Any) -> Iterator[Any]:
     for key, child in zip(keys, tree.children()):
         part = spec.get(key) if isinstance(spec, dict) else spec[key] if spec else None
         yield from _leaf_specs(child, part)
-
-
-def _fake_inputs(inputs: tuple[Any, ...], dynamic: dict[str, set[int]]) -> list[tuple[Any, set[int]]]:
-    names = list(dynamic)
-    return [(value, dynamic[names[i]] if i < len(names) else set()) for i, value in enumerate(inputs)]
 
 
 def propagate(gm: fx.GraphModule, inputs: list[tuple[Any, set[int]]]) -> None:
@@ -306,7 +311,7 @@ def compare(gm: fx.GraphModule, model: nn.Module, call: CallInfo, example: Any) 
     args, kwargs = pytree.tree_map(own, example)
     with torch.no_grad():
         got, found = pytree.tree_flatten(gm(*map(own, call.flatten(*example))))
-        want, spec = pytree.tree_flatten(model(*args, **kwargs))
+        want, spec = pytree.tree_flatten(shadow(model, None, buffers=True)(*args, **kwargs))
     agree = found == spec
     for a, b in zip(got, want):
         if isinstance(b, torch.Tensor):

@@ -113,17 +113,22 @@ def flat_name(qualified: str, taken: Mapping[str, Any]) -> str:
     return candidate
 
 
-def prefix_sites(gm: fx.GraphModule, prefix: str) -> None:
-    """Make the module paths and constant sources of a region's graph those of the whole model."""
+def prefix_sites(gm: fx.GraphModule, prefix: str, ties: Mapping[str, tuple[str, ...]]) -> None:
+    """Make the module paths and constant sources of a region's graph those of the whole model.
+
+    `ties` gives, for each name of the whole state dict, all names of the same tensor.
+    """
     for node in gm.graph.nodes:
         stack = node.meta.get("nn_module_stack")
         if stack:
             node.meta["nn_module_stack"] = {
                 key: (f"{prefix}.{path}" if path else prefix, kind) for key, (path, kind) in stack.items()
             }
-        else:
+        elif node.op not in ("placeholder", "output", "get_attr"):
             node.meta["nn_module_stack"] = {prefix: (prefix, "")}
     table = constants(gm)
     for name, constant in list(table.items()):
-        table[name] = replace(constant, sources=tuple(f"{prefix}.{s}" for s in constant.sources))
+        full = [f"{prefix}.{source}" for source in constant.sources]
+        everywhere = [tied for source in full for tied in ties.get(source, (source,))]
+        table[name] = replace(constant, sources=tuple(dict.fromkeys(full + everywhere)))
     gm.meta[KEY]["region"] = prefix  # a part of a model: what it lacks may be in another part

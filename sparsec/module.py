@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from sparsec.call import CallInfo, make_binders
 from sparsec.errors import InputError
 from sparsec.graph import KEY
+from sparsec.install import validate
 from sparsec.private import privatise
 
 
@@ -93,6 +94,12 @@ class CompiledModule(fx.GraphModule):
         return super().train(mode)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> CompiledModule:
+        self.check_apply(fn)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def check_apply(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """InputError when `fn` (what `.to()` applies to every tensor) would change a dtype or a device."""
         for tensor in self.state_tensors():
             probe = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
             moved = fn(probe)
@@ -106,8 +113,12 @@ class CompiledModule(fx.GraphModule):
                     f"a compiled model cannot be moved from {probe.device} to {moved.device}: its kernels were built "
                     "for one device; move the original model before compiling it"
                 )
-        super()._apply(fn, recurse)
-        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Packed buffers are checked before any is copied: a kernel follows their indices without looking."""
+        cut = len(prefix)
+        validate(self, {key[cut:]: value for key, value in state_dict.items() if key.startswith(prefix)})
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def state_tensors(self) -> list[torch.Tensor]:
         """One tensor for each (dtype, device) among parameters and buffers."""
@@ -117,7 +128,7 @@ class CompiledModule(fx.GraphModule):
         return list(found.values())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModule:
-        copied: CompiledModule = super().__deepcopy__(memo)
+        copied = cast(CompiledModule, super().__deepcopy__(memo))
         keep_persistence(self, copied)
         copied.training = self.training
         copied.recompile()  # only now does the copy know its call
@@ -140,7 +151,11 @@ class CompiledModule(fx.GraphModule):
             "use sparsec.save(model, path) and sparsec.load(path)"
         )
 
-    __reduce__ = __reduce_package__ = lambda self, *unused: self.__reduce_ex__(2)
+    def __reduce__(self) -> Any:
+        return self.__reduce_ex__(2)
+
+    def __reduce_package__(self, exporter: Any) -> Any:
+        return self.__reduce_ex__(2)
 
 
 def keep_persistence(source: nn.Module, target: nn.Module) -> None:

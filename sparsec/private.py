@@ -13,16 +13,18 @@ from sparsec.errors import CaptureError
 from sparsec.failures import explain_failure
 
 
-def shadow(model: nn.Module, training: bool | None = False) -> nn.Module:
+def shadow(model: nn.Module, training: bool | None = False, *, buffers: bool = False) -> nn.Module:
     """A deep copy of the Python side of a model whose tensors alias the caller's: nothing traced can change the caller.
 
-    Parameters keep `requires_grad` only with `training`; None leaves mode and gradients as they are.
+    Parameters keep `requires_grad` only with `training`; None leaves mode and gradients as they are. With `buffers`,
+    buffers are cloned: a copy that really runs may write them.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
         for value in [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]:
             if isinstance(value, torch.Tensor) and id(value) not in memo:
-                memo[id(value)] = _alias(value, training)
+                alias = _alias(value, training)
+                memo[id(value)] = alias.clone() if buffers and not isinstance(value, nn.Parameter) else alias
     try:
         copied = copy.deepcopy(model, memo)
     except Exception as error:
@@ -34,6 +36,24 @@ def shadow(model: nn.Module, training: bool | None = False) -> nn.Module:
         for module in copied.modules():
             module.training = training
     return copied
+
+
+_PURE_HOOKS = ("torch.nn.utils.", "torch.nn.utils", "transformers.")
+
+
+def check_hooks(model: nn.Module) -> None:
+    """CaptureError when a module carries hooks of the user's: a graph would run them once, while it is captured.
+
+    The hooks of torch.nn.utils (pruning, weight norm) compute weights, and become part of the graph.
+    """
+    for path, module in model.named_modules():
+        for hook in [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]:
+            origin = getattr(hook, "__module__", type(hook).__module__) or ""
+            if not origin.startswith(_PURE_HOOKS):
+                raise CaptureError(
+                    f"{path or '<root>'} ({type(module).__name__}) has the forward hook "
+                    f"{getattr(hook, '__qualname__', type(hook).__qualname__)}, which a graph would not run"
+                )
 
 
 def _alias(tensor: torch.Tensor, training: bool | None) -> torch.Tensor:
