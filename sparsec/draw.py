@@ -101,6 +101,7 @@ def svg(graphs: Sequence[tuple[str, fx.Graph]], report: Report | None) -> str:
         for panel in panels:
             out += _inside(panel, blocks)
         width, y = max(width, right + PAD), bottom + GUTTER
+    width = max([width, *(2 * PAD + 1.4 * CHAR * len(line) for line in heading)])
     head = [_text(PAD, 20 + 18 * i, line, "h" if i == 0 else "s") for i, line in enumerate(heading)]
     return "\n".join(
         [
@@ -257,6 +258,7 @@ def _box(block: Block, cx: float, cy: float, size: Point) -> str:
     lines = site_lines(block) if block.kind == "site" else [_join(block.name, shown(block.folded))]
     top = cy + 4 - 14.0 * (len(lines) - 1) / 2
     room = int((w - 8) / CHAR)
+    lines[0] = _tail(lines[0], int(room / 1.15)) if block.kind == "site" else lines[0]  # bold is wider
     styles = ["m b", "m", "m"] if block.kind == "site" else ["m"]
     texts = [_text(cx, top + 14 * i, _fit(s, room), styles[i]) for i, s in enumerate(lines)]
     return f"<g><title>{escape(tooltip(block))}</title>{rect}{''.join(texts)}</g>"
@@ -292,7 +294,8 @@ def _times(row: Row) -> str:
 
 def _stub_label(block: Block, title: str) -> str:
     name = {"site": block.name.rpartition(".")[2], "glue": block.nodes[-1]}.get(block.kind, block.name)
-    where = ".".join(block.group.split(".")[-2:]) if block.group != group_of(title) else ""
+    same = block.group in (group_of(title), block.name)
+    where = "" if same else ".".join(block.group.split(".")[-2:])
     return _fit("↓ " + (f"{where} {name}" if where else name), 28)
 
 
@@ -335,6 +338,14 @@ def _text(x: float, y: float, text: str, style: str) -> str:
 
 def _join(first: str, second: str) -> str:
     return f"{first} {second}".strip()
+
+
+def _tail(name: str, room: int) -> str:
+    """The last parts of a dotted name that fit into `room` characters."""
+    text = name
+    while len(text) > room - (text != name) and "." in text:
+        text = text.split(".", 1)[1]
+    return text if text == name else "…" + text
 
 
 def _fit(text: str, room: int) -> str:
