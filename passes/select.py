@@ -129,17 +129,17 @@ def _batches(source: fx.Node, seen: int) -> tuple[int, ...]:
         return (max(1, seen),)
     node = rows.node
     ranges = [node.shape_env.var_to_range[s] for s in sorted(node.expr.free_symbols, key=str)]
-    low = _clip(min(int(r.lower) for r in ranges))
-    high = _clip(max(_upper(r.upper) for r in ranges))
+    low = _clip(min(_bound(r.lower) for r in ranges))
+    high = _clip(max(_bound(r.upper) for r in ranges))
     sizes = {low, high, *(4**k for k in range(6) if low < 4**k < high)}
     found = {int(node.expr.subs(dict.fromkeys(node.expr.free_symbols, size))) for size in sorted(sizes)}
     return tuple(sorted({min(max(1, n), LARGEST_BATCH) for n in found} | {max(1, seen)}))
 
 
-def _upper(bound: Any) -> int:
+def _bound(bound: Any) -> int:
     try:
         return int(bound)
-    except (TypeError, ValueError, OverflowError):  # an unbounded range prints as int_oo
+    except (TypeError, ValueError, OverflowError, AttributeError):  # int_oo and sympy's infinities are no numbers
         return LARGEST_BATCH
 
 

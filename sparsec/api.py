@@ -20,6 +20,8 @@ from sparsec.graph import KEY
 from sparsec.module import CompiledModule
 from sparsec.passes import DEFAULT
 from sparsec.passes.annotate import check_spec
+from sparsec.private import privatise, storages
+from sparsec.passes.annotate import check_spec
 from sparsec.regions import RegionPlan, capture_regions, install_region
 from sparsec.report import Report, Row
 from sparsec.spec import Spec
@@ -163,9 +165,11 @@ class _Job:
 
     def _regions(self, plan: RegionPlan, result: Result, install_it: bool) -> nn.Module:
         for path, captured in plan.regions:
+            captured.gm.meta.setdefault(KEY, {})["region"] = path
             result.histories[path] = self._passes(captured)
             if install_it:
                 install_region(plan.root, path, CompiledModule.wrap(captured.gm, captured.call))
+        check_spec(self.spec, [captured.gm for _, captured in plan.regions])
         for path, reason in plan.skipped:
             code = codes.NEVER_CALLED if reason == "never called" else codes.NOT_CAPTURED
             self.report.put(Row(site=path or "<root>", op="module", code=code, reason=codes.sentence(code, detail=reason)))
@@ -183,13 +187,14 @@ class _Job:
             total += install.keep_originals(gm, state, folded=self.settings.keep_originals)
         if "" in graphs:  # a whole result also carries the entries that its graph never reads
             total += install.keep_unread(graphs[""], state)
+            privatise(root, storages(self.model))
         self.report.kept_nbytes = total
 
 
 def report(cm: nn.Module) -> Report:
     """The Report of a compile result or of a model returned by `sparsify`."""
     record = getattr(cm, "_sparsec_report", None)
-    if isinstance(record, list):
+    if isinstance(record, list) and _record(cm) is None:
         return Report([Row.from_dict(row) for row in record])
     return _result(cm).report
 
@@ -247,10 +252,15 @@ def load_dense_state_dict(cm: nn.Module, state: Mapping[str, torch.Tensor]) -> N
     install.load_plain(cm, state)
 
 
-def _result(cm: nn.Module) -> Result:
+def _record(cm: nn.Module) -> Any:
     record = getattr(cm, _RESULT, None)
     if record is None and isinstance(cm, fx.GraphModule):
         record = cm.meta.get(KEY, {}).get("result")
+    return record
+
+
+def _result(cm: nn.Module) -> Result:
+    record = _record(cm)
     if not isinstance(record, Result):
         raise SpecError(f"{type(cm).__name__} is no result of sparsec.compile or sparsec.sparsify")
     return record

@@ -68,11 +68,17 @@ def buffers_of(gm: fx.GraphModule, record: Installed) -> Buffers:
     return {key: getattr(gm, name) for key, name in zip(record.format.buffers, record.buffers, strict=True)}
 
 
-def validate(gm: fx.GraphModule) -> None:
-    """Check every packed buffer of a graph; raises FormatError naming the site. Linear in the stored entries."""
+def validate(gm: fx.GraphModule, incoming: State | None = None) -> None:
+    """Check every packed buffer of a graph, with those of `incoming` (root name -> tensor) in place of its own.
+
+    Raises FormatError naming the site. Linear in the stored entries.
+    """
     for record in ledger(gm).installed:
+        buffers = buffers_of(gm, record)
+        for key, name in zip(record.format.buffers, record.buffers, strict=True):
+            buffers[key] = (incoming or {}).get(name, buffers[key])
         try:
-            record.format.validate(buffers_of(gm, record), *record.matrix)
+            record.format.validate(buffers, *record.matrix)
         except FormatError as error:
             raise FormatError(f"site {record.kernels[0][0]!r}: {error}") from error
 
