@@ -16,7 +16,7 @@ from sparsec.errors import SpecError
 from sparsec.report import Report, Row
 from sparsec.report_text import compact, summary, title_line
 
-SITE_SIZE = (158.0, 50.0)
+SITE_SIZE = (168.0, 50.0)
 OP_SIZE = (120.0, 22.0)
 PAD = 14.0
 HEAD = 24.0
