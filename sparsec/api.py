@@ -21,7 +21,6 @@ from sparsec.module import CompiledModule
 from sparsec.passes import DEFAULT
 from sparsec.passes.annotate import check_spec
 from sparsec.private import privatise, storages
-from sparsec.passes.annotate import check_spec
 from sparsec.regions import RegionPlan, capture_regions, install_region
 from sparsec.report import Report, Row
 from sparsec.spec import Spec
@@ -169,7 +168,6 @@ class _Job:
             result.histories[path] = self._passes(captured)
             if install_it:
                 install_region(plan.root, path, CompiledModule.wrap(captured.gm, captured.call))
-        check_spec(self.spec, [captured.gm for _, captured in plan.regions])
         for path, reason in plan.skipped:
             code = codes.NEVER_CALLED if reason == "never called" else codes.NOT_CAPTURED
             self.report.put(Row(site=path or "<root>", op="module", code=code, reason=codes.sentence(code, detail=reason)))
