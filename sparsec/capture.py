@@ -285,7 +285,7 @@ def capture_export(model: nn.Module, example: Any, shapes: Any, training: bool) 
     call = guard(call, program, raw)
     if any("use_cache" in note for note in notes):
         call = _accept(call, "use_cache", False)
-    gm = flatten_constants(raw, model, raw.graph._codegen.pytree_info.out_spec, training)
+    gm = flatten_constants(raw.graph, raw, model, raw.graph._codegen.pytree_info.out_spec, training)
     return Captured(gm, call, example=example, notes=notes)
 
 

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.nn.utils.parametrize
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
@@ -37,10 +38,10 @@ def capture_trace(
         by_name, example = dynamic_dims(model, example, shapes)
     call = describe_call(model, example, "trace", training)
     with quiet():
-        gm = _trace(model, call)
-    to_aten(gm)
-    check_coverage(gm)
-    gm = flatten_constants(gm, model, None, training)
+        graph = _trace(model, call)
+    to_aten(graph, model)
+    check_coverage(graph, model)
+    gm = flatten_constants(graph, model, model, None, training)
     if example is not None:
         inputs = call.flatten(*example)
         dynamic = _dynamic(call, by_name or {})
@@ -83,9 +84,10 @@ class _Tracer(fx.Tracer):
         return lambda: root_fn(self.root, *args, **kwargs), []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        # Hooks that compute a weight (pruning) run only in the call of a module that is entered.
-        hooked = bool(m._forward_pre_hooks or m._forward_hooks)
-        return not hooked and super().is_leaf_module(m, module_qualified_name)
+        # What computes a weight (pruning's hooks, parametrizations) runs only in a module that is entered.
+        computed = bool(m._forward_pre_hooks or m._forward_hooks) or nn.utils.parametrize.is_parametrized(m)
+        computed = computed or type(m).__module__.startswith("torch.nn.utils.")
+        return not computed and super().is_leaf_module(m, module_qualified_name)
 
     def _leaf(self, leaf: Leaf) -> Any:
         if not leaf.slot:
@@ -94,7 +96,7 @@ class _Tracer(fx.Tracer):
         return self.create_proxy("placeholder", name, (), {})
 
 
-def _trace(model: nn.Module, call: CallInfo) -> fx.GraphModule:
+def _trace(model: nn.Module, call: CallInfo) -> fx.Graph:
     before = [dict(vars(m)) for m in model.modules()]
     tracer = _Tracer(call)
     graph = tracer.trace(model)
@@ -102,23 +104,23 @@ def _trace(model: nn.Module, call: CallInfo) -> fx.GraphModule:
         added = {k: v for k, v in vars(module).items() if k.startswith("_tensor_constant") and k not in old}
         old.update(added)
     check_state(model, before)
-    return fx.GraphModule(model, graph)
+    return graph
 
 
 # The table
 
 
-def to_aten(gm: fx.GraphModule) -> int:
+def to_aten(graph: fx.Graph, root: nn.Module) -> int:
     """Apply the table to every node it knows; returns how many. Writes become values that later readers see."""
     changed = 0
-    for node in list(gm.graph.nodes):
-        rule = rule_of(node, gm)
-        writes = writes_input(node, gm)
+    for node in list(graph.nodes):
+        rule = rule_of(node, root)
+        writes = writes_input(node, root)
         if writes:
             _check_write(node, rule is not None)
         if rule is None:
             continue
-        result = _apply(gm, node, rule)
+        result = _apply(graph, root, node, rule)
         if result is NotImplemented:
             if writes:
                 raise RuntimeError(f"{node.format_node()} writes its argument in place")
@@ -127,9 +129,8 @@ def to_aten(gm: fx.GraphModule) -> int:
         node.replace_all_uses_with(result)
         if isinstance(target, fx.Node) and target is not result:
             target.replace_all_uses_with(result, delete_user_cb=partial(operator.lt, node))  # those after the write
-        gm.graph.erase_node(node)
+        graph.erase_node(node)
         changed += 1
-    gm.delete_all_unused_submodules()
     return changed
 
 
@@ -146,13 +147,13 @@ class _Appender(fx.proxy.GraphAppendingTracer):
         return node
 
 
-def _apply(gm: fx.GraphModule, node: fx.Node, rule: Callable[..., Any]) -> Any:
-    tracer = _Appender(gm.graph, {k: node.meta[k] for k in ("nn_module_stack", "stack_trace") if k in node.meta})
+def _apply(graph: fx.Graph, root: nn.Module, node: fx.Node, rule: Callable[..., Any]) -> Any:
+    tracer = _Appender(graph, {k: node.meta[k] for k in ("nn_module_stack", "stack_trace") if k in node.meta})
     proxy: Any = lambda n: fx.Proxy(n, tracer)  # noqa: E731
     args, kwargs = cast(Any, fx.map_arg((node.args, dict(node.kwargs)), proxy))
-    with gm.graph.inserting_before(node):
+    with graph.inserting_before(node):
         if node.op == "call_module":
-            module = gm.get_submodule(str(node.target))
+            module = root.get_submodule(str(node.target))
 
             def constant(name: str) -> Any:
                 if getattr(module, name) is None:
@@ -192,15 +193,15 @@ def _fresh(node: fx.Node) -> bool:
     return node.target in ARITHMETIC
 
 
-def check_coverage(gm: fx.GraphModule) -> None:
+def check_coverage(graph: fx.Graph, root: nn.Module) -> None:
     """RuntimeError when every weight of the model hides inside modules that the trace took as opaque."""
     from sparsec.aten import WEIGHT_OPS, opname
 
-    if any(opname(node) in WEIGHT_OPS for node in gm.graph.nodes):
+    if any(opname(node) in WEIGHT_OPS for node in graph.nodes):
         return
-    for node in gm.graph.nodes:
+    for node in graph.nodes:
         if node.op == "call_module":
-            module = gm.get_submodule(str(node.target))
+            module = root.get_submodule(str(node.target))
             if any(isinstance(m, OWNING) for m in module.modules()):
                 raise RuntimeError(f"the weights of {node.target} ({type(module).__name__}) are out of a trace's reach")
 

@@ -28,10 +28,11 @@ def tensor_names(model: nn.Module) -> dict[int, list[str]]:
 
 
 def flatten_constants(
-    gm: fx.GraphModule, model: nn.Module, out_spec: pytree.TreeSpec | None, training: bool
+    graph: fx.Graph, source: nn.Module, model: nn.Module, out_spec: pytree.TreeSpec | None, training: bool
 ) -> fx.GraphModule:
-    """Move every constant of `gm` to the root under a flat name, tied ones once, and record where each came from.
+    """A module of `graph` whose constants, read from `source` so far, sit flat on the root, tied ones once.
 
+    Where each came from is recorded by the names it has in `model`.
     Dotted attribute chains cost four microseconds apiece on every forward.
     """
     from sparsec.module import FlatCodeGen
@@ -42,15 +43,15 @@ def flatten_constants(
     first: dict[str, fx.Node] = {}
     table: dict[str, Constant] = {}
     transient: set[str] = set()
-    for node in list(gm.graph.nodes):
+    for node in list(graph.nodes):
         if node.op not in ("call_module", "get_attr"):
             continue
-        tensor = _fetch(gm, node.target)
+        tensor = _fetch(source, node.target)
         if not isinstance(tensor, torch.Tensor):  # an opaque module, or a branch of a control-flow operator
             root[node.target] = tensor
             continue
         if not node.users:
-            gm.graph.erase_node(node)
+            graph.erase_node(node)
             continue
         known = names.get(id(tensor), [])
         key = _identity(tensor)
@@ -65,15 +66,15 @@ def flatten_constants(
         flat = flat_of[key]
         if flat in first:
             node.replace_all_uses_with(first[flat])
-            gm.graph.erase_node(node)
+            graph.erase_node(node)
         else:
             node.target = flat
             first[flat] = node
     if out_spec is not None:
-        inputs = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
-        gm.graph.set_codegen(FlatCodeGen(inputs, out_spec))
-    gm.graph._tracer_cls = None
-    result = fx.GraphModule(root, gm.graph)
+        inputs = [n.name for n in graph.nodes if n.op == "placeholder"]
+        graph.set_codegen(FlatCodeGen(inputs, out_spec))
+    graph._tracer_cls = None
+    result = fx.GraphModule(root, graph)
     result._non_persistent_buffers_set |= transient
     result.training = training
     constants(result).update(table)
