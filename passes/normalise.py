@@ -38,11 +38,15 @@ class Normalise(Pass):
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         changes = _one_reader(gm) + _drop_noops(gm)
         if not ctx.options.training:
-            changes += _spell_out(gm) + _products(gm) + _unflatten(gm) + fold_constants(gm)
-        changes += _positional(gm)
-        before = len(gm.graph.nodes)
-        gm.graph.eliminate_dead_code()
-        return changes + before - len(gm.graph.nodes)
+            changes += _spell_out(gm) + _products(gm) + _unflatten(gm)
+        changes += _positional(gm) + _dead_code(gm)  # before folding: what nobody uses must not keep a constant alive
+        return changes if ctx.options.training else changes + fold_constants(gm)
+
+
+def _dead_code(gm: fx.GraphModule) -> int:
+    before = len(gm.graph.nodes)
+    gm.graph.eliminate_dead_code()
+    return before - len(gm.graph.nodes)
 
 
 def _one_reader(gm: fx.GraphModule) -> int:
