@@ -9,8 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from sparsec.codegen import catalog
 from sparsec.codegen.kernel import VERSION, Kernel, KernelSpec
-from sparsec.errors import LoadError, SparsecError, SpecError, ToolchainError
-from sparsec.target import ISAS, Target
+from sparsec.errors import DeviceError, LoadError, SparsecError, ToolchainError
+from sparsec.target import ARCHITECTURES, Target, instruction_set
 
 _LOCK = threading.Lock()
 _loaded: dict[str, Kernel] = {}
@@ -24,7 +24,11 @@ def get_kernel(text: str) -> Kernel:
     run on this processor or was written by another version.
     """
     kernel = _loaded.get(text)
-    return kernel if kernel is not None else _obtain(KernelSpec.parse(text), Target.probe())
+    return kernel if kernel is not None else _obtain(spec := KernelSpec.parse(text), _here(spec))
+
+
+def _here(spec: KernelSpec) -> Target:
+    return Target.parse("cuda") if spec.isa in ARCHITECTURES else Target.probe()
 
 
 def build_kernels(
@@ -101,8 +105,9 @@ def _make(spec: KernelSpec, target: Target) -> Kernel:
         raise LoadError(
             f"kernel text of version {spec.version}, this sparsec prints {VERSION}; compile the model again"
         )
-    if spec.isa not in ISAS:
-        raise SpecError(f"kernel {spec.symbol}: unknown instruction set {spec.isa!r}; valid: {', '.join(ISAS)}")
+    instruction_set(spec.isa)
+    if spec.isa in ARCHITECTURES and target.kind == "cuda" and not target.detail:
+        raise DeviceError(f"kernel {spec.symbol} is CUDA for {spec.isa} and this process sees no CUDA device")
     if missing := target.lacks(spec.isa):
         raise LoadError(
             f"kernel {spec.symbol} needs {spec.isa}, but {target} lacks {', '.join(missing)}; compile for this machine"

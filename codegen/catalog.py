@@ -15,7 +15,7 @@ from sparsec.codegen.backend import Backend
 from sparsec.codegen.kernel import DTYPES, STEPS, KernelSpec, Plan, Problem
 from sparsec.errors import SpecError, nearest
 from sparsec.formats import Format, register_format
-from sparsec.target import ISAS, Target
+from sparsec.target import ARCHITECTURES, ISAS, Target
 
 _T = TypeVar("_T")
 Tile = tuple[tuple[str, int], ...]
@@ -50,6 +50,10 @@ class Variant:
         """The best instruction set that both this variant and `target` have."""
         return next((isa for isa in self.isas if isa in target.isas), None)
 
+    def serves(self, target: Target) -> bool:
+        """Whether this variant's language makes kernels for the target's kind of device."""
+        return target.kind == ("cuda" if self.language == "cuda" else "cpu")
+
     def refuse(self, problem: Problem, fmt: Format, target: Target) -> str | None:
         """Why this variant cannot run `problem` from a weight stored as `fmt`; None when it can."""
         if problem.op != self.op:
@@ -60,7 +64,7 @@ class Variant:
             return f"{self.name} computes in {' or '.join(self.dtypes)}, not {problem.dtype}"
         if unknown := [s.name for s in problem.epilogue if s.name not in self.steps]:
             return f"{self.name} has no epilogue {', '.join(unknown)}; it fuses {', '.join(self.steps) or 'none'}"
-        if target.kind != "cpu" or self.isa(target) is None:
+        if not self.serves(target) or self.isa(target) is None:
             return f"{self.name} needs {' or '.join(self.isas)}; {target} has {', '.join(target.isas)}"
         if min(problem.out_features, problem.in_features) < 1:
             return f"a ({problem.out_features}, {problem.in_features}) weight has nothing to multiply"
@@ -131,7 +135,9 @@ CATALOG: tuple[Variant, ...] = (
 )  # fmt: skip
 """Built-in variants, in the order in which `tune="off"` tries them."""
 
-_BACKENDS = {"c": "sparsec.codegen.c"}  # name -> module with a BACKEND, imported when first needed
+_TABLES = ("sparsec.codegen.cuda_variants",)  # modules with further VARIANTS, imported when first asked for
+
+_BACKENDS = {"c": "sparsec.codegen.c", "cuda": "sparsec.codegen.cuda"}  # name -> module with a BACKEND, imported when first needed
 
 _LOCK = threading.Lock()
 _user_variants: dict[str, Variant] = {}
@@ -145,7 +151,7 @@ def register(obj: Variant | Backend | Format | type[Format]) -> None:
     """
     if isinstance(obj, Variant):
         _check_variant(obj)
-        _add("variant", _user_variants, [v.name for v in CATALOG], obj.name, obj)
+        _add("variant", _user_variants, [v.name for v in builtin()], obj.name, obj)
     elif isinstance(obj, Backend):
         _add("backend", _user_backends, list(_BACKENDS), obj.name, obj)
     elif isinstance(obj, Format):
@@ -157,21 +163,30 @@ def register(obj: Variant | Backend | Format | type[Format]) -> None:
         raise SpecError(f"register takes a Format class, a Variant or a Backend instance, got {what}")
 
 
-def variants_for(op: str, format_name: str | None = None) -> tuple[Variant, ...]:
-    """Every variant for an op (and a format), built-in ones first, each group in its order of declaration."""
-    every = (*CATALOG, *_user_variants.values())
-    return tuple(v for v in every if v.op == op and format_name in (None, v.format))
+def builtin() -> tuple[Variant, ...]:
+    """CATALOG and the tables of the other languages."""
+    return (*CATALOG, *(v for table in _TABLES for v in importlib.import_module(table).VARIANTS))
+
+
+def variants_for(op: str, format_name: str | None = None, target: Target | None = None) -> tuple[Variant, ...]:
+    """Every variant for an op (and a format), built-in ones first, each group in its order of declaration.
+
+    With `target`, only those that make kernels for its kind of device.
+    """
+    every = (*builtin(), *_user_variants.values())
+    found = tuple(v for v in every if v.op == op and format_name in (None, v.format))
+    return found if target is None else tuple(v for v in found if v.serves(target))
 
 
 def variant(name: str) -> Variant:
     """The variant of this name; SpecError with the nearest names when there is none."""
-    for known in CATALOG:
+    for known in builtin():
         if known.name == name:
             return known
     try:
         return _user_variants[name]
     except KeyError:
-        names = [v.name for v in CATALOG] + list(_user_variants)
+        names = [v.name for v in builtin()] + list(_user_variants)
         raise SpecError(
             f"no kernel variant {name!r}; {nearest(name, names)}; a user's own must be registered in every process"
         ) from None
@@ -193,7 +208,7 @@ def _check_variant(new: Variant) -> None:
         raise SpecError(f"variant {new.name!r}: there is no template {new.template}")
     if not place.is_absolute() and ("/" in new.template or not new.template.endswith(".jinja")):
         raise SpecError(f"variant {new.name!r}: template must be an absolute path or a file of sparsec.templates")
-    for kind, given, known in (("instruction set", new.isas, ISAS), ("dtype", new.dtypes, DTYPES)):
+    for kind, given, known in (("instruction set", new.isas, (*ISAS, *ARCHITECTURES)), ("dtype", new.dtypes, DTYPES)):
         if not given:
             raise SpecError(f"variant {new.name!r} names no {kind}; known: {', '.join(known)}")
         if bad := [g for g in given if g not in known]:

@@ -14,7 +14,7 @@ import sparsec.templates
 from sparsec.codegen.catalog import variant
 from sparsec.codegen.kernel import DTYPES, STEPS, KernelSpec, Source
 from sparsec.errors import SpecError, nearest
-from sparsec.target import ISAS
+from sparsec.target import ARCHITECTURES, ISAS, instruction_set
 
 if TYPE_CHECKING:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -49,7 +49,7 @@ def render_file(template: str, spec: KernelSpec) -> str:
 
     place = Path(template)
     env = environment(str(place.parent) if place.is_absolute() else None)
-    features = ISAS[spec.isa].features
+    features = instruction_set(spec.isa).features
     try:
         text = env.get_template(place.name).render(
             k=spec, f=dict(spec.fields), t=dict(spec.tile), has=lambda feature: feature in features
@@ -140,7 +140,7 @@ def check(spec: KernelSpec) -> None:
     """
     tables: list[tuple[str, str, Collection[str]]] = [
         ("dtype", spec.dtype, DTYPES),
-        ("instruction set", spec.isa, ISAS),
+        ("instruction set", spec.isa, (*ISAS, *ARCHITECTURES)),
     ]
     tables += [("epilogue step", step.name, STEPS) for step in spec.epilogue]
     for what, value, known in tables:

@@ -106,7 +106,7 @@ def _candidates(formats: list[Format], problem: Problem, ctx: Context) -> tuple[
     found: list[Candidate] = []
     reasons: list[str] = []
     for wanted in formats:
-        variants = catalog.variants_for(problem.op, wanted.name)
+        variants = catalog.variants_for(problem.op, wanted.name, ctx.target)
         if not variants:
             reasons.append(f"the catalogue has no kernel for {problem.op} with {wanted.name}")
         for variant in variants:

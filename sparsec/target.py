@@ -53,6 +53,22 @@ ISAS: dict[str, Isa] = {
 }
 """Best first; every x86 line contains the ones below it, so a kernel for one line runs wherever a better line does."""
 
+ARCHITECTURES: dict[str, Isa] = {
+    name: Isa(name, "cuda", (), (f"-arch={name}",), 32)
+    for name in ("sm_120", "sm_100", "sm_90", "sm_89", "sm_87", "sm_86", "sm_80")
+}
+"""CUDA architectures, best first. A library holds machine code for one and PTX that newer devices translate."""
+
+
+def instruction_set(name: str) -> Isa:
+    """The Isa of a processor or CUDA architecture; SpecError when there is none of this name."""
+    found = ISAS.get(name) or ARCHITECTURES.get(name)
+    if found is None:
+        known = (*ISAS, *ARCHITECTURES)
+        raise SpecError(f"unknown instruction set {name!r}; {nearest(name, known)}; valid: {', '.join(known)}")
+    return found
+
+
 FEATURES: tuple[str, ...] = tuple(
     sorted(
         {*ISAS["avx512fp16"].features, "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8", "neon", "bf16", "i8mm", "sve"}
@@ -102,6 +118,8 @@ class Target:
             return here if not detail else here.limit(detail)
         if kind == "cuda" and detail and not re.fullmatch(r"sm_[0-9]{2,3}[af]?", detail):
             raise SpecError(f"target {text!r}: {detail!r} is no CUDA architecture; write e.g. 'cuda:sm_90'")
+        if kind == "cuda":
+            return _cuda(here, detail)
         return dataclasses.replace(here, kind=kind, detail=detail)
 
     def limit(self, isa: str) -> Target:
@@ -118,12 +136,18 @@ class Target:
 
     @property
     def isas(self) -> tuple[str, ...]:
-        """The instruction sets this target can run, best first; "portable" is always the last one."""
-        return tuple(name for name in ISAS if not self.lacks(name))
+        """The instruction sets this target can run, best first; "portable" is the last one of every processor.
+
+        For a CUDA target these are architectures; none when `cuda` was asked for where there is no device.
+        """
+        return tuple(name for name in (ARCHITECTURES if self.kind == "cuda" else ISAS) if not self.lacks(name))
 
     def lacks(self, isa: str) -> tuple[str, ...]:
         """What this target misses to run kernels built for `isa`; empty when it can run them."""
-        need = ISAS[isa]
+        need = instruction_set(isa)
+        if need.arch == "cuda":
+            able = self.kind == "cuda" and bool(self.detail) and _generation(isa) <= _generation(self.detail)
+            return () if able else (isa if self.detail else "a CUDA device",)
         if need.arch and need.arch != self.arch:
             return (need.arch,)
         return tuple(f for f in need.features if f not in self.features)
@@ -150,6 +174,23 @@ def _probe() -> Target:
     name, features = read_cpuinfo(_read(Path("/proc/cpuinfo")))
     l1d, l2, l3 = read_caches(Path(f"/sys/devices/system/cpu/cpu{cpus[0]}/cache"))
     return Target(arch, features, len(cpus), l1d, l2, l3, name or arch)
+
+
+def _cuda(host: Target, detail: str) -> Target:
+    """A CUDA target; without an architecture that of the current device, and its name where it is the same."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return dataclasses.replace(host, kind="cuda", detail=detail, name=detail or "no CUDA device")
+    major, minor = torch.cuda.get_device_capability()
+    device = f"sm_{major}{minor}"
+    own = next((a for a in ARCHITECTURES if _generation(a) <= _generation(device)), device)
+    name = torch.cuda.get_device_name() if detail in ("", device) else detail
+    return dataclasses.replace(host, kind="cuda", detail=detail or own, name=name)
+
+
+def _generation(architecture: str) -> int:
+    return int(re.sub(r"[^0-9]", "", architecture) or 0)
 
 
 def read_cpuinfo(text: str) -> tuple[str, tuple[str, ...]]:

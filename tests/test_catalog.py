@@ -41,7 +41,7 @@ def test_the_table_is_sound() -> None:
         assert catalog.variant(variant.name) is variant and variant in catalog.variants_for(variant.op, variant.format)
     for dtype in ("float32", "bfloat16"):
         for fmt in ("csr", "bitmask", "bsr"):
-            assert len([v for v in catalog.variants_for("linear", fmt) if dtype in v.dtypes]) == 1
+            assert len([v for v in catalog.variants_for("linear", fmt) if dtype in v.dtypes and v.language == "c"]) == 1
 
 
 @pytest.mark.parametrize("target", [FULL, FULL.limit("avx2"), PLAIN], ids=["avx512", "avx2", "plain"])
