@@ -67,13 +67,13 @@ def dense_calls(layer: nn.Linear, x: torch.Tensor) -> dict[str, Callable[[], tor
     weight, bias = layer.weight.detach(), layer.bias.detach()
     calls: dict[str, Callable[[], torch.Tensor]] = {"eager": lambda: F.linear(x, weight, bias)}
     try:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.to_mkldnn(), x.shape[0])
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, x.shape[0])
         calls["oneDNN"] = lambda: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
         calls["oneDNN"]()
     except (RuntimeError, AttributeError):
         calls.pop("oneDNN", None)
     try:
-        mkl = torch.ops.mkl._mkl_reorder_linear_weight(weight.to_mkldnn(), x.shape[0])
+        mkl = torch.ops.mkl._mkl_reorder_linear_weight(weight, x.shape[0])
         calls["MKL"] = lambda: torch.ops.mkl._mkl_linear(x, mkl, weight, bias, x.shape[0])
         calls["MKL"]()
     except (RuntimeError, AttributeError):
