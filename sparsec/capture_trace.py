@@ -38,10 +38,10 @@ def capture_trace(
         by_name, example = dynamic_dims(model, example, shapes)
     call = describe_call(model, example, "trace", training)
     with quiet():
-        graph = _trace(model, call)
+        graph, out_spec = _trace(model, call)
     to_aten(graph, model)
     check_coverage(graph, model)
-    gm = flatten_constants(graph, model, model, None, training)
+    gm = flatten_constants(graph, model, model, out_spec, training)
     if example is not None:
         inputs = call.flatten(*example)
         dynamic = _dynamic(call, by_name or {})
@@ -65,6 +65,7 @@ class _Tracer(fx.Tracer):
     def __init__(self, call: CallInfo) -> None:
         super().__init__()
         self.call = call
+        self.out_spec: pytree.TreeSpec | None = None
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         args: list[Any] = []
@@ -81,7 +82,12 @@ class _Tracer(fx.Tracer):
                 kwargs[argument.param] = value
             else:
                 args.append(value)
-        return lambda: root_fn(self.root, *args, **kwargs), []
+
+        def flat() -> tuple[Any, ...]:
+            leaves, self.out_spec = pytree.tree_flatten(root_fn(self.root, *args, **kwargs))
+            return tuple(leaves)
+
+        return flat, []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # What computes a weight (pruning's hooks, parametrizations) runs only in a module that is entered.
@@ -96,7 +102,7 @@ class _Tracer(fx.Tracer):
         return self.create_proxy("placeholder", name, (), {})
 
 
-def _trace(model: nn.Module, call: CallInfo) -> fx.Graph:
+def _trace(model: nn.Module, call: CallInfo) -> tuple[fx.Graph, pytree.TreeSpec | None]:
     before = [dict(vars(m)) for m in model.modules()]
     tracer = _Tracer(call)
     graph = tracer.trace(model)
@@ -104,7 +110,7 @@ def _trace(model: nn.Module, call: CallInfo) -> fx.Graph:
         added = {k: v for k, v in vars(module).items() if k.startswith("_tensor_constant") and k not in old}
         old.update(added)
     check_state(model, before)
-    return graph
+    return graph, tracer.out_spec
 
 
 # The table

@@ -28,7 +28,10 @@ class FlatCodeGen(_PyTreeCodeGen):
         super().__init__(_PyTreeInfo(names, inputs, out_spec))
 
     def process_inputs(self, *inputs: Any) -> Any:
-        return inputs
+        """For torch.fx.Interpreter, which export hands the arguments of a call: their tensors are the placeholders."""
+        if len(inputs) == len(self.pytree_info.orig_args) and not any(isinstance(x, (dict, list)) for x in inputs):
+            return inputs
+        return [leaf for leaf in pytree.arg_tree_leaves(*inputs) if isinstance(leaf, torch.Tensor)]
 
     def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, *, expanded_def: bool = False) -> str:
         return CodeGen.gen_fn_def(self, free_vars, maybe_return_annotation, expanded_def=expanded_def)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -198,7 +199,7 @@ class _Planner:
                 below = self.seen[f"{path}.{name}" if name else path].assigns
                 if below:
                     return f"{type(part).__name__}: {below}, a side effect that no graph can hold"
-            calls = _variants(known)
+            calls = _variants(module, known)
         elif not _callable_blind(module):
             return f"{type(module).__name__} takes optional arguments; give example inputs so that its calls are known"
         reasons = []
@@ -232,7 +233,7 @@ def _bare(module: nn.Module) -> nn.Module:
     return copied
 
 
-def _variants(known: Seen) -> tuple[Any, Any]:
+def _variants(module: nn.Module, known: Seen) -> tuple[Any, Any]:
     """An example for the commonest kind of call, and dynamic shapes for the sizes that differ between such calls."""
     groups: list[list[tuple[pytree.TreeSpec, tuple[Any, ...]]]] = []
     for call in known.calls:
@@ -248,7 +249,12 @@ def _variants(known: Seen) -> tuple[Any, Any]:
     dynamic = [_differing(column) for column in columns]
     if not any(dynamic):
         return example, None
-    return example, pytree.tree_unflatten(dynamic, spec)
+    args, kwargs = pytree.tree_unflatten(dynamic, spec)
+    shapes = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+    for name, param in inspect.signature(module.forward).parameters.items():
+        if param.kind is param.VAR_KEYWORD:
+            shapes.update(shapes.pop(name, {}))
+    return example, shapes
 
 
 def _alike(a: Any, b: Any) -> bool:
@@ -269,8 +275,6 @@ def _differing(column: tuple[Any, ...]) -> dict[int, Any] | None:
 
 def _callable_blind(module: nn.Module) -> bool:
     """Whether a module without known calls has one obvious way to be called."""
-    import inspect
-
     if isinstance(module, OWNING):
         return True
     parameters = inspect.signature(module.forward).parameters.values()
