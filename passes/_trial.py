@@ -125,7 +125,8 @@ class Trial:
             y = self._sparse(proposal, candidate, x, residual)()
             rows = verify.sample(x.shape[0])
             rest = residual[rows] if residual is not None else None
-            return verify.check(y[rows], x[rows], weight, bias, proposal.fact.epilogue, rest)
+            stored = candidate.format.positions(self.pack(proposal, candidate.format), *proposal.fact.matrix)
+            return verify.check(y[rows], x[rows], weight, bias, proposal.fact.epilogue, rest, stored)
 
     # -- timing ------------------------------------------------------------------------------------------------------
 

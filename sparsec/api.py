@@ -13,9 +13,9 @@ from torch import fx, nn
 
 from sparsec import codes, install
 from sparsec.capture import Captured, capture_whole
-from sparsec.codegen import build, cache
+from sparsec.codegen import build, cache, toolchain
 from sparsec.driver import Context, History, Options, Pass, run_passes
-from sparsec.errors import CaptureError, SpecError, nearest
+from sparsec.errors import CaptureError, SpecError, ToolchainError, nearest
 from sparsec.graph import KEY
 from sparsec.module import CompiledModule
 from sparsec.passes import DEFAULT
@@ -108,7 +108,7 @@ class _Job:
         self.kwargs = example_kwargs
         self.dynamic_shapes = dynamic_shapes
         self.passes = list(DEFAULT if passes is None else passes)
-        self.target = Target.parse(target)
+        self.target = _buildable(Target.parse(target))
         self.capture = _one_of("capture", capture, CAPTURES)
         self.report = Report(machine=self.target.name, threads=torch.get_num_threads(), dtype=_dtype(model))
 
@@ -262,6 +262,16 @@ def _result(cm: nn.Module) -> Result:
     if not isinstance(record, Result):
         raise SpecError(f"{type(cm).__name__} is no result of sparsec.compile or sparsec.sparsify")
     return record
+
+
+def _buildable(target: Target) -> Target:
+    """The target without instruction sets that this machine's compiler is too old for."""
+    if target.kind != "cpu":
+        return target
+    try:
+        return toolchain.find().narrow(target)
+    except ToolchainError:  # said again, with its reason, for the kernels that cannot be built
+        return target
 
 
 def _one_of(name: str, value: str, valid: tuple[str, ...]) -> str:

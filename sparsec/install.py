@@ -11,7 +11,7 @@ from torch import fx, nn
 from sparsec.errors import FormatError, InputError, SpecError, nearest
 from sparsec.formats import Format
 from sparsec.formats._base import Buffers
-from sparsec.graph import KEY, Constant, constants, evaluate, invert, invertible
+from sparsec.graph import KEY, Constant, constants, evaluate, invert, invertible, ties
 
 State = Mapping[str, torch.Tensor]
 
@@ -95,7 +95,7 @@ def keep_originals(gm: fx.GraphModule, state: State, folded: bool = True) -> int
 
 def keep_unread(gm: fx.GraphModule, state: State) -> int:
     """Keep a copy of the entries of `state` that the graph never reads; returns their bytes."""
-    read = {name for constant in _origins(gm) for name in constant.sources}
+    read = {name for constant in _origins(gm) for name in constant.sources} | set(ties(gm))
     unread = {name: tensor.detach().clone() for name, tensor in state.items() if name not in read}
     ledger(gm).originals.update(unread)
     return _size(unread)
@@ -127,6 +127,9 @@ def dense_entries(gm: fx.GraphModule) -> dict[str, torch.Tensor]:
         matrix = record.format.unpack(buffers_of(gm, record), *record.matrix)
         _spread(found, record.origin, matrix.reshape(record.shape).detach())
     found.update(ledger(gm).originals)
+    for alias, name in ties(gm).items():
+        if name in found:
+            found[alias] = found[name]
     return found
 
 

@@ -211,7 +211,8 @@ def call(case: Case, data: Data, text: str, weight: torch.Tensor, x: torch.Tenso
             y = OVERLOAD(x, list(buffers.values()), bias, residual, text)
     finally:
         torch.set_num_threads(before)
-    return y, verify.check(y, x, weight, bias, case.epilogue, residual)
+    stored = case.format.positions(buffers, case.rows, case.cols)
+    return y, verify.check(y, x, weight, bias, case.epilogue, residual, stored)
 
 
 def failures(case: Case, data: Data, text: str) -> list[str]:

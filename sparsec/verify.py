@@ -53,15 +53,16 @@ _STEPS: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
-def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x @ weight^T in float64, where a pruned (zero) weight contributes nothing even times Inf or NaN."""
+def product(x: torch.Tensor, weight: torch.Tensor, stored: torch.Tensor | None = None) -> torch.Tensor:
+    """x @ weight^T, where a position that is not stored contributes nothing even times Inf or NaN.
+
+    `stored` (bool, like weight) are the positions a format holds, by default those that are not zero: a format of
+    blocks also stores the zeros inside its blocks, and those multiply as they do in the dense product.
+    """
     if bool(torch.isfinite(x).all()):
         return x @ weight.t()
-    rows = []
-    for w in weight:
-        kept = w != 0
-        rows.append(x[:, kept] @ w[kept])
-    return torch.stack(rows, dim=1)
+    kept = weight != 0 if stored is None else stored
+    return torch.stack([x[:, k] @ w[k] for w, k in zip(weight, kept)], dim=1)
 
 
 def sample(rows: int, limit: int = SAMPLE) -> torch.Tensor | slice:
@@ -80,10 +81,12 @@ def check(
     bias: torch.Tensor | None,
     steps: Sequence[Step] = (),
     residual: torch.Tensor | None = None,
+    stored: torch.Tensor | None = None,
 ) -> Verdict:
     """Compare `y`, a kernel's (..., out) output, with epilogue(x @ weight^T + bias) in float64.
 
-    x (..., in) and weight (out, in) in the kernel's dtype. NaN must meet NaN and an infinity the same infinity.
+    x (..., in) and weight (out, in) in the kernel's dtype, `stored` as in `product`. NaN must meet NaN and an infinity
+    the same infinity.
     """
     x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
     if y.shape != (x.shape[0], weight.shape[0]):
@@ -94,7 +97,10 @@ def check(
     for start in range(0, x.shape[0], _ROWS):
         part = slice(start, start + _ROWS)
         rest = residual.reshape(y.shape)[part].double() if residual is not None else None
-        ratio = _ratio(y[part], x[part].double(), wide, bias, steps, rest, longest)
+        exact = product(x[part].double(), wide, stored)
+        # The bound needs few digits, so its absolute product is taken in float32.
+        size = product(x[part].abs().float(), weight.abs().float(), stored).double()
+        ratio = _ratio(y[part], exact, size, bias, steps, rest, longest)
         if ratio.numel() and float(ratio.max()) > worst:
             flat = int(ratio.argmax())
             worst, place = float(ratio.max()), (start + flat // ratio.shape[1], flat % ratio.shape[1])
@@ -107,17 +113,14 @@ def check(
 
 def _ratio(
     y: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
+    exact: torch.Tensor,
+    size: torch.Tensor,
     bias: torch.Tensor | None,
     steps: Sequence[Step],
     residual: torch.Tensor | None,
     longest: int,
 ) -> torch.Tensor:
-    """Error over bound, elementwise; Inf where a non-finite value does not meet its like."""
-    exact = product(x, weight)
-    # The bound needs few digits, so its absolute product is taken in float32.
-    size = product(x.abs().float(), weight.abs().float()).double()
+    """Error over bound, elementwise; Inf where a non-finite value does not meet its like. `size` is sum(|a * b|)."""
     if bias is not None:
         exact += bias.double()
         size += bias.double().abs()
