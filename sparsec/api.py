@@ -14,6 +14,7 @@ from torch import fx, nn
 from sparsec import codes, install
 from sparsec.capture import Captured, capture_whole
 from sparsec.codegen import build, cache, toolchain
+from sparsec.draw import draw as picture  # now, not lazily: a later import would put the module over our function
 from sparsec.driver import Context, History, Options, Pass, run_passes
 from sparsec.errors import CaptureError, SpecError, ToolchainError, nearest
 from sparsec.graph import KEY
@@ -32,7 +33,7 @@ _RESULT = "_sparsec"  # attribute of a region result's root; whole results keep 
 
 @dataclass
 class Result:
-    """What a compile result remembers beside its graphs: the report, the history, and the original state dict's keys."""
+    """What a compile result remembers beside its graphs: report, history, and the keys of the original state dict."""
 
     report: Report
     keys: tuple[str, ...] = ()
@@ -77,14 +78,17 @@ def analyze(model: nn.Module, spec: Any = None, example_inputs: Any = None, **ke
     options = {k: keywords.pop(k) for k in list(keywords) if k in _OPTION_DEFAULTS}
     unknown = [k for k in keywords if k not in _JOB_DEFAULTS]
     if unknown:
-        raise SpecError(f"analyze has no argument {unknown[0]!r}; {nearest(unknown[0], [*_JOB_DEFAULTS, *_OPTION_DEFAULTS])}")
+        raise SpecError(
+            f"analyze has no argument {unknown[0]!r}; {nearest(unknown[0], [*_JOB_DEFAULTS, *_OPTION_DEFAULTS])}"
+        )
     job = _Job(model, spec, example_inputs, **{**_JOB_DEFAULTS, **keywords})
     job.options(**{**_OPTION_DEFAULTS, **options})
     return _result(job.run(install_it=False)).report
 
 
 _JOB_DEFAULTS: dict[str, Any] = {
-    "example_kwargs": None, "dynamic_shapes": None, "passes": None, "target": "cpu", "capture": "auto", "training": False,
+    "example_kwargs": None, "dynamic_shapes": None, "passes": None, "target": "cpu", "capture": "auto",
+    "training": False,
 }  # fmt: skip
 _OPTION_DEFAULTS: dict[str, Any] = {
     "tune": "measure", "min_speedup": 1.05, "tolerance": None, "fallback": "dense", "keep_originals": True,
@@ -170,7 +174,9 @@ class _Job:
                 install_region(plan.root, path, CompiledModule.wrap(captured.gm, captured.call))
         for path, reason in plan.skipped:
             code = codes.NEVER_CALLED if reason == "never called" else codes.NOT_CAPTURED
-            self.report.put(Row(site=path or "<root>", op="module", code=code, reason=codes.sentence(code, detail=reason)))
+            self.report.put(
+                Row(site=path or "<root>", op="module", code=code, reason=codes.sentence(code, detail=reason))
+            )
         check_spec(self.spec, [c.gm for _, c in plan.regions], [path or "<root>" for path, _ in plan.skipped])
         setattr(plan.root, _RESULT, result)
         return plan.root
@@ -203,7 +209,7 @@ def source(cm: nn.Module, site: str) -> str:
 
 
 def graphs(cm: nn.Module) -> list[tuple[str, str]]:
-    """(pass, code of the graph after it) in order, the captured graph first; region results prefix the region's path."""
+    """(pass, code of the graph after it) in order, the captured graph first; regions put their path before the name."""
     found = []
     for path, history in _result(cm).histories.items():
         found += [(f"{path}: {entry.name}" if path else entry.name, entry.code) for entry in history]
@@ -212,8 +218,6 @@ def graphs(cm: nn.Module) -> list[tuple[str, str]]:
 
 def draw(cm: nn.Module, path: str | Path) -> Path:
     """Write a picture of the compiled graph, coloured by decision: HTML when `path` ends in .html, else SVG."""
-    from sparsec.draw import draw as picture
-
     result = _result(cm)
     return picture([(name, gm) for name, gm in install.compiled_graphs(cm)], result.report, Path(path))
 

@@ -212,6 +212,15 @@ def test_unknown_suffix_is_named(encoder, tmp_path: Path):
         draw(encoder[0], None, tmp_path / "picture.png")
 
 
+def test_no_module_hides_a_public_function():
+    """`sparsec.draw` and `sparsec.report` are functions, however often the modules of these names are imported."""
+    code = (
+        "import sparsec, importlib; [importlib.import_module('sparsec.' + m) for m in ('draw', 'report')];"
+        "import sys; sys.exit(not (callable(sparsec.draw) and callable(sparsec.report)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_bytes_are_the_same_in_every_process():
     code = (
         "import sys; sys.path.insert(0, 'tests'); import test_draw as t;"
