@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -26,6 +27,9 @@ class FlatCodeGen(_PyTreeCodeGen):
     def __init__(self, names: list[str], out_spec: pytree.TreeSpec) -> None:
         inputs = pytree.tree_structure(tuple(range(len(names))))
         super().__init__(_PyTreeInfo(names, inputs, out_spec))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FlatCodeGen:
+        return copy.copy(self)  # tree specs are immutable, and warn when they are copied
 
     def process_inputs(self, *inputs: Any) -> Any:
         """For torch.fx.Interpreter, which export hands the arguments of a call: their tensors are the placeholders."""
@@ -131,6 +135,8 @@ class CompiledModule(fx.GraphModule):
         return list(found.values())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModule:
+        for spec in (self.__dict__.get("_in_spec"), self.__dict__.get("_out_spec")):
+            memo[id(spec)] = spec
         copied = cast(CompiledModule, super().__deepcopy__(memo))
         keep_persistence(self, copied)
         copied.training = self.training
