@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from sparsec.codegen import catalog
 from sparsec.codegen.kernel import VERSION, Kernel, KernelSpec
 from sparsec.errors import DeviceError, LoadError, SparsecError, ToolchainError
-from sparsec.target import ARCHITECTURES, Target, instruction_set
+from sparsec.target import Target, instruction_set
 
 _LOCK = threading.Lock()
 _loaded: dict[str, Kernel] = {}
@@ -28,7 +28,7 @@ def get_kernel(text: str) -> Kernel:
 
 
 def _here(spec: KernelSpec) -> Target:
-    return Target.parse("cuda") if spec.isa in ARCHITECTURES else Target.probe()
+    return Target.parse("cuda") if spec.device == "cuda" else Target.probe()
 
 
 def build_kernels(
@@ -106,7 +106,7 @@ def _make(spec: KernelSpec, target: Target) -> Kernel:
             f"kernel text of version {spec.version}, this sparsec prints {VERSION}; compile the model again"
         )
     instruction_set(spec.isa)
-    if spec.isa in ARCHITECTURES and target.kind == "cuda" and not target.detail:
+    if spec.device == "cuda" and target.kind == "cuda" and not target.detail:
         raise DeviceError(f"kernel {spec.symbol} is CUDA for {spec.isa} and this process sees no CUDA device")
     if missing := target.lacks(spec.isa):
         raise LoadError(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from sparsec.codegen.catalog import Tile, Variant
 from sparsec.codegen.kernel import Plan, Problem
-from sparsec.formats import CSR, Format
+from sparsec.formats import CSR, Format, TiledCSL
 from sparsec.target import ARCHITECTURES, Target
 
 ALL = ("float16", "bfloat16", "float32")
 TENSOR = ("float16", "bfloat16")  # what mma.sync multiplies with fp32 sums and without losing digits of the inputs
 
 _ROWS: Plan = ((8, "gemv", 8), (63, "panel", 32), (0, "panel", 64))
+_PANELS: Plan = ((8, "mma", 8), (16, "mma", 16), (32, "mma", 32), (0, "mma", 64))
 
 
 def rows(problem: Problem, fmt: Format, target: Target, isa: str) -> tuple[tuple[Plan, Tile], ...]:
@@ -18,14 +19,54 @@ def rows(problem: Problem, fmt: Format, target: Target, isa: str) -> tuple[tuple
     return ((_ROWS, ()),)
 
 
+def tensor(problem: Problem, fmt: Format, target: Target, isa: str) -> tuple[tuple[Plan, Tile], ...]:
+    """Tensor cores take 8 rows of x at least; wider panels read W less often."""
+    return ((_PANELS, (("stages", 4),)),)
+
+
+def whole_tiles(problem: Problem, fmt: Format, target: Target) -> str | None:
+    """BSR on tensor cores: blocks of whole 16 x 16 tiles."""
+    fields = fmt.fields()
+    if fields["r"] % 16 or fields["c"] % 16:
+        return f"tensor cores multiply 16 x 16 tiles; {fmt.text()} has blocks of {fields['r']} x {fields['c']}"
+    return None
+
+
+def whole_blocks(problem: Problem, fmt: Format, target: Target) -> str | None:
+    """Row-split BSR: no block reaches over the last input."""
+    if problem.in_features % fmt.fields()["c"]:
+        return f"{problem.in_features} inputs are not whole blocks of {fmt.fields()['c']}"
+    return None
+
+
 def csr_formats(problem: Problem, target: Target) -> tuple[Format, ...]:
     """CSR with one pointer per row."""
     return (CSR().resolve(problem.out_features, problem.in_features),)
+
+
+def tiled_csl_formats(problem: Problem, target: Target) -> tuple[Format, ...]:
+    """The tile height of the paper; fewer bytes than dense 16-bit weights below half density."""
+    return (TiledCSL(128),) if problem.density < 0.5 else ()
 
 
 VARIANTS: tuple[Variant, ...] = (
     Variant(
         "linear_csr_cuda", "linear", "csr", "linear_csr.cu.jinja", "cuda", ALL, tuple(ARCHITECTURES),
         choose=rows, candidates=csr_formats,
+    ),
+    Variant(
+        "linear_tiled_csl_mma", "linear", "tiled_csl", "linear_tiled_csl.cu.jinja", "cuda", TENSOR, tuple(ARCHITECTURES),
+        choose=tensor, candidates=tiled_csl_formats,
+    ),
+    Variant(
+        "linear_fan_in_cuda", "linear", "fan_in", "linear_fan_in.cu.jinja", "cuda", ALL, tuple(ARCHITECTURES), choose=rows,
+    ),
+    Variant(
+        "linear_bsr_mma", "linear", "bsr", "linear_bsr.cu.jinja", "cuda", TENSOR, tuple(ARCHITECTURES),
+        choose=tensor, needs=whole_tiles,
+    ),
+    Variant(
+        "linear_bsr_rows", "linear", "bsr", "linear_bsr_rows.cu.jinja", "cuda", ALL, tuple(ARCHITECTURES),
+        choose=rows, needs=whole_blocks,
     ),
 )  # fmt: skip

@@ -98,7 +98,8 @@ class KernelSpec:
         """Canonical text: the argument of the op in the graph, the cache key, and all that is needed to re-render."""
         return json.dumps(
             [
-                self.version, self.op, self.variant, self.format, self.dtype, self.out_features, self.in_features, self.isa,
+                self.version, self.op, self.variant, self.format, self.dtype, self.out_features, self.in_features,
+                self.isa,
                 int(self.bias), [[s.name, [p.hex() for p in s.params]] for s in self.epilogue],
                 [list(p) for p in self.plan], [list(p) for p in self.fields], [list(p) for p in self.tile],
             ],
@@ -124,6 +125,11 @@ class KernelSpec:
         if spec.dtype not in DTYPES:
             raise SpecError(f"KernelSpec names dtype {spec.dtype!r}; known: {', '.join(DTYPES)}")
         return spec
+
+    @property
+    def device(self) -> str:
+        """The kind of torch device that the kernel's tensors live on."""
+        return "cuda" if self.isa.startswith("sm_") else "cpu"
 
     @property
     def symbol(self) -> str:

@@ -34,6 +34,8 @@ class Timing:
 def measure(contenders: Sequence[Callable[[], object]]) -> Timing:
     """Time all contenders in turn, round by round, so that a drift of the machine's speed hits all alike.
 
+    The clock is the host's, or events of the current stream for contenders that answer with CUDA tensors.
+
     Rounds are added while the middle half of any contender's samples is wider than SPREAD of its median.
     """
     with _CLOCK, torch.inference_mode():
@@ -42,10 +44,7 @@ def measure(contenders: Sequence[Callable[[], object]]) -> Timing:
         rounds = 0
         while rounds < MAX_ROUNDS:
             for run, repeat, seen in zip(contenders, repeats, samples, strict=True):
-                begin = time.perf_counter()
-                for _ in range(repeat):
-                    run()
-                seen.append((time.perf_counter() - begin) / repeat)
+                seen.append(_sample(run, repeat))
             rounds += 1
             if rounds >= ROUNDS and all(_steady(seen) for seen in samples):
                 break
@@ -54,10 +53,25 @@ def measure(contenders: Sequence[Callable[[], object]]) -> Timing:
 
 def _calibrate(run: Callable[[], object]) -> int:
     run()  # the first call pages in code and data
-    begin = time.perf_counter()
-    run()
-    once = max(time.perf_counter() - begin, 1e-7)
+    once = max(_sample(run, 1), 1e-7)
     return max(1, min(200, int(SAMPLE / once)))
+
+
+def _sample(run: Callable[[], object], repeat: int) -> float:
+    """Seconds per call of `repeat` calls: of the device's work where there is one, else of the host's."""
+    begin = time.perf_counter()
+    answer = run()
+    if isinstance(answer, torch.Tensor) and answer.is_cuda:
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(repeat):
+            run()
+        stop.record()
+        stop.synchronize()
+        return float(start.elapsed_time(stop)) * 1e-3 / repeat
+    for _ in range(repeat - 1):
+        run()
+    return (time.perf_counter() - begin) / repeat
 
 
 def _steady(samples: list[float]) -> bool:

@@ -69,6 +69,9 @@ def propose(gm: fx.GraphModule, node: fx.Node, fact: Fact, ctx: Context) -> Prop
         return dense_row(fact, codes.DTYPE, dtype=fact.dtype, known=", ".join(DTYPES))
     if 0 in fact.shape:
         return dense_row(fact, codes.EMPTY, shape=fact.shape)
+    device = get_constant(gm, fact.weight).device
+    if device.type != ("cuda" if ctx.target.kind == "cuda" else "cpu"):
+        return dense_row(fact, codes.DEVICE, device=f"{device} while the target is {ctx.target}")
     rows, cols = fact.matrix
     problem = Problem(
         op=fact.op, out_features=rows, in_features=cols, dtype=fact.dtype, nnz=fact.nnz, bias=fact.bias is not None,

@@ -14,7 +14,7 @@ from sparsec import codes, cost, verify
 from sparsec.codegen import tune
 from sparsec.codegen.kernel import Kernel, KernelSpec
 from sparsec.driver import Context
-from sparsec.errors import VerifyError
+from sparsec.errors import DeviceError, VerifyError
 from sparsec.formats import Format
 from sparsec.formats._base import Buffers
 from sparsec.graph import get_constant
@@ -94,7 +94,13 @@ class Trial:
         key = (proposal.fact.weight, fmt)
         if key not in self._packs:
             weight = get_constant(self.gm, proposal.fact.weight).detach()
-            packed = fmt.pack(weight.reshape(proposal.fact.matrix))
+            try:
+                packed = fmt.pack(weight.reshape(proposal.fact.matrix))
+            except torch.OutOfMemoryError as error:
+                raise DeviceError(
+                    f"site {proposal.fact.site!r}: no memory on {weight.device} to pack a {tuple(weight.shape)} weight as "
+                    f"{fmt.text()}; free some, leave the site dense in the spec, or compile on the CPU ({error})"
+                ) from error
             fmt.validate(packed, *proposal.fact.matrix)
             self._packs[key] = packed
         return self._packs[key]

@@ -221,7 +221,7 @@ def _refusal(op: str, tensor: torch.Tensor) -> tuple[str, str] | None:
     if tensor.layout is not torch.strided or dtype not in DTYPES:
         shown = dtype if tensor.layout is torch.strided else f"{dtype} in layout {tensor.layout}"
         return codes.DTYPE, codes.sentence(codes.DTYPE, dtype=shown, known=", ".join(DTYPES))
-    if tensor.device.type != "cpu":
+    if tensor.device.type not in ("cpu", "cuda"):
         return codes.DEVICE, codes.sentence(codes.DEVICE, device=tensor.device)
     if op not in KERNEL_OPS:
         return codes.NO_KERNEL, codes.sentence(codes.NO_KERNEL, op=op)

@@ -1,4 +1,4 @@
-"""lower: put the chosen kernels into the graph as `sparsec` ops on packed buffers, and drop the weights they replace."""
+"""lower: put the chosen kernels into the graph as `sparsec` ops on packed buffers, and drop the dense weights."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ OP_SIZE = (120.0, 22.0)
 PAD = 14.0
 HEAD = 24.0
 GUTTER = 34.0
+TITLE = 22.0
 MAX_LEVELS = 18  # a panel deeper than this is continued in another
 ASPECT = 1.5  # width over height that the page aims at
 CHAR = 6.1  # pixels of a character at 11 px
@@ -85,22 +86,20 @@ def draw(
 
 
 def svg(graphs: Sequence[tuple[str, fx.Graph]], report: Report | None) -> str:
-    """The SVG text of titled graphs, one below the other under a common legend."""
+    """The SVG text of titled graphs under a common legend."""
     heading = [title_line(report), summary(report)[0]] if report is not None else []
+    pictures = [(title, blocks := fold(graph, report), make_panels(blocks)) for title, graph in graphs]
+    sizes = [_flow(panels, 0.0, 0.0) for _, _, panels in pictures]
+    places, width, y = _shelves(sizes, 48.0 + 18.0 * len(heading), TITLE if len(graphs) > 1 else 0.0)
     out: list[str] = []
-    y, width = 48.0 + 18.0 * len(heading), 640.0
-    for title, graph in graphs:
-        blocks = fold(graph, report)
-        panels = make_panels(blocks)
-        top = y + (22.0 if title else 0.0)
+    for (title, blocks, panels), (left, top) in zip(pictures, places, strict=True):
         if title:
-            out.append(_text(PAD, y + 12, title, "h"))
-        right, bottom = _flow(panels, PAD, top)
+            out.append(_text(left, top - TITLE + 12, title, "h"))
+        _flow(panels, left, top)
         out += [_frame(panel) for panel in panels]
         out += _trunks(panels)
         for panel in panels:
             out += _inside(panel, blocks)
-        width, y = max(width, right + PAD), bottom + GUTTER
     width = max([width, *(2 * PAD + 1.4 * CHAR * len(line) for line in heading)])
     head = [_text(PAD, 20 + 18 * i, line, "h" if i == 0 else "s") for i, line in enumerate(heading)]
     return "\n".join(
@@ -116,6 +115,21 @@ def svg(graphs: Sequence[tuple[str, fx.Graph]], report: Report | None) -> str:
             "</svg>\n",
         ]
     )
+
+
+def _shelves(sizes: Sequence[Point], top: float, title: float) -> tuple[list[Point], float, float]:
+    """Corners of pictures set in rows under their titles, and the page's width and height."""
+    area = sum((w + GUTTER) * (h + GUTTER + title) for w, h in sizes)
+    limit = max([640.0, (area * ASPECT) ** 0.5, *(w + 2 * PAD for w, _ in sizes)])
+    places: list[Point] = []
+    x, y, high, width = PAD, top, 0.0, 640.0
+    for w, h in sizes:
+        if x > PAD and x + w + PAD > limit:
+            x, y, high = PAD, y + high + GUTTER, 0.0
+        places.append((x, y + title))
+        width = max(width, x + w + PAD)
+        x, high = x + w + GUTTER, max(high, h + title)
+    return places, width, y + high + GUTTER
 
 
 def make_panels(blocks: Blocks) -> list[Panel]:

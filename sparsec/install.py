@@ -150,7 +150,9 @@ def prepare(gm: fx.GraphModule, state: State) -> list[tuple[str, torch.Tensor]]:
             raise FormatError(f"site {record.kernels[0][0]!r}: {refusal}; compile again for the new weights")
         packed = record.format.pack(matrix)
         record.format.validate(packed, *record.matrix)
-        fresh += [(attribute, packed[key]) for key, attribute in zip(record.format.buffers, record.buffers, strict=True)]
+        fresh += [
+            (attribute, packed[key]) for key, attribute in zip(record.format.buffers, record.buffers, strict=True)
+        ]
     return fresh
 
 
@@ -180,7 +182,9 @@ def check_state(state: State, expected: Mapping[str, torch.Tensor]) -> None:
         raise InputError(f"state dict lacks {missing[0]!r} ({len(missing)} missing); {nearest(missing[0], state)}")
     unknown = [k for k in state if k not in expected]
     if unknown:
-        raise InputError(f"state dict has unknown key {unknown[0]!r} ({len(unknown)} in all); {nearest(unknown[0], expected)}")
+        raise InputError(
+            f"state dict has unknown key {unknown[0]!r} ({len(unknown)} in all); {nearest(unknown[0], expected)}"
+        )
     for key, tensor in expected.items():
         if state[key].shape != tensor.shape:
             raise InputError(

@@ -195,7 +195,9 @@ def make_input(case: Case, data: Data, features: int, stream: int) -> torch.Tens
     return _fill(kind, (batch, features), rng).to(dtype)
 
 
-def call(case: Case, data: Data, text: str, weight: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, verify.Verdict]:
+def call(
+    case: Case, data: Data, text: str, weight: torch.Tensor, x: torch.Tensor
+) -> tuple[torch.Tensor, verify.Verdict]:
     """Run the kernel `text` on one problem; its output and the verdict of the float64 oracle."""
     rng = np.random.default_rng((data.seed, 3))
     bias = _fill("normal", (case.rows,), rng).to(weight.dtype) if case.bias else None

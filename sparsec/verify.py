@@ -17,8 +17,8 @@ from sparsec.codegen.kernel import Step
 
 _ROWS = 1024  # rows of x that are checked at a time: bounds the float64 copies
 SAMPLE = 256
-"""Rows that `compile` checks per site: the first, the last and evenly spaced ones between. Rows are independent, so this
-covers every output feature, every panel position and the remainder at a fixed cost."""
+"""Rows that `compile` checks per site: the first, the last and evenly spaced ones between. Rows are independent, so
+this covers every output feature, every panel position and the remainder at a fixed cost."""
 _LIPSCHITZ = 1.2  # no epilogue step but `scale` stretches an error by more (gelu: 1.13)
 
 
@@ -90,7 +90,9 @@ def check(
     """
     x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
     if y.shape != (x.shape[0], weight.shape[0]):
-        return Verdict(False, float("inf"), f"output has shape {tuple(y.shape)}, expected {(x.shape[0], weight.shape[0])}")
+        return Verdict(
+            False, float("inf"), f"output has shape {tuple(y.shape)}, expected {(x.shape[0], weight.shape[0])}"
+        )
     wide = weight.double()
     longest = int(torch.count_nonzero(weight, dim=1).max()) if weight.numel() else 0
     worst, place = 0.0, (0, 0)

@@ -149,7 +149,9 @@ class TestStateDicts:
         sparsec.load_dense_state_dict(made, other.state_dict())
         with torch.no_grad():
             torch.testing.assert_close(made(x), other(x))
-        assert all(torch.equal(a, b) for a, b in zip(sparsec.dense_state_dict(made).values(), other.state_dict().values()))
+        assert all(
+            torch.equal(a, b) for a, b in zip(sparsec.dense_state_dict(made).values(), other.state_dict().values())
+        )
 
     def test_shape_changes_and_missing_keys_are_refused_and_lose_nothing(self, cm: nn.Module) -> None:
         made = copy.deepcopy(cm)
@@ -192,7 +194,13 @@ class TestSpecs:
             torch.testing.assert_close(made(x), pruned(x))
 
     def test_bad_options(self, pruned: nn.Module, x: torch.Tensor) -> None:
-        for bad in ({"tune": "fast"}, {"capture": "magic"}, {"fallback": "x"}, {"min_speedup": -1.0}, {"target": "tpu"}):
+        for bad in (
+            {"tune": "fast"},
+            {"capture": "magic"},
+            {"fallback": "x"},
+            {"min_speedup": -1.0},
+            {"target": "tpu"},
+        ):
             with pytest.raises(SpecError, match="valid|none of|unknown|>= 0"):
                 sparsec.compile(pruned, None, (x,), **bad)
         with pytest.raises(SpecError, match="nn.Module"):

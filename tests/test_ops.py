@@ -19,7 +19,9 @@ from sparsec.target import Target
 ROWS, COLS = 24, 40
 
 
-def make(epilogue: tuple[Step, ...] = (), bias: bool = True) -> tuple[str, list[torch.Tensor], torch.Tensor, torch.Tensor]:
+def make(
+    epilogue: tuple[Step, ...] = (), bias: bool = True
+) -> tuple[str, list[torch.Tensor], torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(ROWS, COLS, generator=g) * (torch.rand(ROWS, COLS, generator=g) < 0.3)
     fmt = CSR().resolve(ROWS, COLS)

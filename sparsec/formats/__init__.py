@@ -13,8 +13,9 @@ from sparsec.formats.csr import CSR
 from sparsec.formats.dense import Dense
 from sparsec.formats.fan_in import FanIn
 from sparsec.formats.nm import NM
+from sparsec.formats.tiled_csl import TiledCSL
 
-FORMATS: dict[str, type[Format]] = {cls.name: cls for cls in (Dense, CSR, Bitmask, BSR, NM, FanIn)}
+FORMATS: dict[str, type[Format]] = {cls.name: cls for cls in (Dense, CSR, Bitmask, BSR, NM, FanIn, TiledCSL)}
 """Name in canonical text -> class. A user's formats join through `register_format`."""
 
 _TOKEN = re.compile(r"([a-z][a-z0-9_]*)|(-?(?:0|[1-9][0-9]{0,9}))(?![a-z0-9_])|([(),=])")
@@ -129,6 +130,7 @@ __all__ = [
     "Dense",
     "FanIn",
     "Format",
+    "TiledCSL",
     "nonzero",
     "parse",
     "pattern",

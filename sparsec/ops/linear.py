@@ -1,7 +1,7 @@
 """`sparsec::linear`: y = epilogue(x @ W^T + bias) on packed buffers of W, dispatched to a generated kernel.
 
-The kernel argument is the canonical text of a KernelSpec, so that a graph means the same in any process: whoever runs it
-first renders, builds and loads the kernel.
+The kernel argument is the canonical text of a KernelSpec, so that a graph means the same in any process: whoever runs
+it first renders, builds and loads the kernel.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ _LIBRARY.define(
 class _Handle:
     """What a call needs from a kernel, looked up once per text."""
 
-    __slots__ = ("call", "dtype", "in_features", "out_features")
+    __slots__ = ("call", "cuda", "dtype", "in_features", "out_features")
 
     def __init__(self, spec: KernelSpec, call: Callable[..., Any]) -> None:
         self.call = call
+        self.cuda = spec.device == "cuda"
         self.dtype = DTYPES[spec.dtype]
         self.in_features = spec.in_features
         self.out_features = spec.out_features
@@ -53,6 +54,8 @@ def _linear(
     handle = _HANDLES.get(kernel) or _handle(kernel)
     shape = x.shape
     if x.dtype is not handle.dtype or weight[0].dtype is not handle.dtype or shape[-1] != handle.in_features:
+        raise InputError(_explain(x, weight, handle))
+    if x.is_cuda is not handle.cuda:
         raise InputError(_explain(x, weight, handle))
     if x.requires_grad and torch.is_grad_enabled():
         raise InputError(
@@ -77,7 +80,7 @@ def _linear_buckets(
     kernel: str,
     dense_ranges: list[int],
 ) -> torch.Tensor:
-    """`linear`, with the dense weight for batches in the inclusive (low, high) pairs of `dense_ranges`, high 0: no limit."""
+    """`linear`, but on the dense weight for batches in the (low, high) pairs of `dense_ranges`; high 0: no limit."""
     batch = x.numel() // max(1, x.shape[-1])
     for low, high in zip(dense_ranges[::2], dense_ranges[1::2], strict=True):
         if low <= batch and (high == 0 or batch <= high):
@@ -96,6 +99,9 @@ def _like(residual: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def _explain(x: torch.Tensor, weight: list[torch.Tensor], handle: _Handle) -> str:
     if x.shape[-1:] != (handle.in_features,):
         return f"input has shape {tuple(x.shape)}; this site was compiled for (..., {handle.in_features})"
+    if x.is_cuda is not handle.cuda:
+        there = "a CUDA device" if handle.cuda else "the CPU"
+        return f"input is on {x.device} and the kernel of this site runs on {there}; move the model and its inputs together"
     return (
         f"input is {x.dtype} and the packed weight {weight[0].dtype}; this site was compiled for {handle.dtype}: "
         "cast the model before sparsec.compile, and the inputs to match"
@@ -130,8 +136,9 @@ def _fake_buckets(
     return _fake(x, weight, bias, residual, kernel)
 
 
-_LIBRARY.impl("linear", _linear, "CPU")
-_LIBRARY.impl("linear_buckets", _linear_buckets, "CPU")
+for _key in ("CPU", "CUDA"):
+    _LIBRARY.impl("linear", _linear, _key)
+    _LIBRARY.impl("linear_buckets", _linear_buckets, _key)
 torch.library.register_fake("sparsec::linear", _fake, lib=_LIBRARY)
 torch.library.register_fake("sparsec::linear_buckets", _fake_buckets, lib=_LIBRARY)
 

@@ -24,6 +24,8 @@ class Layer:
     kind: str
     weight: torch.Tensor
     transposed: bool = False  # stored as (in, out)
+    groups: int = 1  # of a convolution
+    bias: torch.Tensor | None = None
 
     @property
     def op(self) -> str:
@@ -41,6 +43,22 @@ class Layer:
         shape = self.weight.t().shape if self.transposed else self.weight.shape
         matrix = rows.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
         return matrix.t() if self.transposed else matrix
+
+
+    def matrix(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor shaped like the weight as (out, offsets * in), channels fastest: one row per output, as `Stats` has
+        its features. For linear layers this is `rows`."""
+        return self.rows(tensor).reshape(self.outputs, -1)
+
+    def from_matrix(self, matrix: torch.Tensor) -> torch.Tensor:
+        """The inverse of `matrix`."""
+        inputs = self.weight.shape[0] if self.transposed else self.weight.shape[1]
+        return self.from_rows(matrix.reshape(-1, inputs))
+
+    @property
+    def outputs(self) -> int:
+        """Rows of `matrix`."""
+        return int(self.weight.shape[1] if self.transposed else self.weight.shape[0])
 
 
 def find_layers(model: nn.Module, where: Where | Iterable[Where] | None = None) -> list[Layer]:
@@ -66,8 +84,15 @@ def find_layers(model: nn.Module, where: Where | Iterable[Where] | None = None) 
     for name in (n for n in known if n in chosen):
         weight = known[name].weight
         key = (weight.data_ptr(), tuple(weight.shape), weight.stride()) if weight.numel() else name
-        layers.setdefault(key, Layer(name or "<root>", type(known[name]).__name__, weight, _is_conv1d(known[name])))
+        layers.setdefault(key, _layer(name, known[name]))
     return list(layers.values())
+
+
+def _layer(name: str, module: Any) -> Layer:
+    groups = module.groups if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else 1
+    bias = module._parameters.get("bias")
+    kind = type(module).__name__
+    return Layer(name or "<root>", kind, module.weight, _is_conv1d(module), groups, bias)
 
 
 def _candidates(model: nn.Module) -> dict[str, Any]:
