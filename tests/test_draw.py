@@ -184,12 +184,29 @@ def test_svg_is_readable(encoder):
         assert x >= 0 and y >= 0 and x + w <= width and y + h <= height
 
 
-def test_panels_hold_their_layer_and_deep_ones_are_cut():
+def test_many_graphs_share_a_page_without_overlap():
+    text = svg([(f"region {i}", fx_chain(3 + i % 4)) for i in range(12)], None)
+    root = ElementTree.fromstring(text)
+    assert 0.5 < float(root.get("width")) / float(root.get("height")) < 3
+    frames = [r for r in root.iter(f"{SVG}rect") if r.get("rx") == "8"]
+    boxes = [tuple(float(r.get(k)) for k in ("x", "y", "width", "height")) for r in frames]
+    assert len(boxes) >= 12
+    for (x, y, w, h), (u, v, p, q) in itertools.combinations(boxes, 2):
+        assert x + w <= u or u + p <= x or y + h <= v or v + q <= y
+
+
+def fx_chain(length: int) -> fx.Graph:
+    """placeholder -> length products -> output"""
     graph = fx.Graph()
     value = graph.placeholder("x")
-    for _ in range(100):
+    for _ in range(length):
         value = graph.call_function(torch.ops.aten.mm.default, (value, value))
     graph.output(value)
+    return graph
+
+
+def test_panels_hold_their_layer_and_deep_ones_are_cut():
+    graph = fx_chain(100)
     panels = make_panels(fold(graph))
     assert len(panels) > 4 and panels[1].title == "inputs (2)"
     assert sorted(m for p in panels for m in p.members) == list(range(102))
