@@ -76,11 +76,11 @@ def test_wrong_inputs_never_reach_the_kernel(gelu: Any) -> None:
 def test_buffers_of_wrong_sizes_are_refused_by_the_kernel(gelu: Any) -> None:
     text, buffers, _, bias = gelu
     x = torch.randn(2, COLS)
-    with pytest.raises(ValueError):
+    with pytest.raises(InputError, match="indices|values|pointer"):
         OVERLOAD(x, [buffers[0][:-1].contiguous(), *buffers[1:]], bias, None, text)
-    with pytest.raises(ValueError):
+    with pytest.raises(InputError, match="pointers"):
         OVERLOAD(x, [*buffers[:2], buffers[2][:-1].contiguous()], bias, None, text)
-    with pytest.raises(ValueError):
+    with pytest.raises(InputError, match="bias"):
         OVERLOAD(x, buffers, bias[:-1].contiguous(), None, text)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,17 +26,12 @@ _LIBRARY.define(
 )
 
 
-class _Handle:
+class _Handle(NamedTuple):
     """What a call needs from a kernel, looked up once per text."""
 
-    __slots__ = ("call", "cuda", "dtype", "in_features", "out_features")
-
-    def __init__(self, spec: KernelSpec, call: Callable[..., Any]) -> None:
-        self.call = call
-        self.cuda = spec.device == "cuda"
-        self.dtype = DTYPES[spec.dtype]
-        self.in_features = spec.in_features
-        self.out_features = spec.out_features
+    call: Callable[..., Any]
+    out_features: int
+    spec: KernelSpec
 
 
 _HANDLES: dict[str, _Handle] = {}
@@ -44,31 +39,48 @@ _HANDLES: dict[str, _Handle] = {}
 
 def _handle(text: str) -> _Handle:
     kernel = get_kernel(text)
-    handle = _HANDLES[text] = _Handle(kernel.spec, kernel.call)
+    handle = _HANDLES[text] = _Handle(kernel.call, kernel.spec.out_features, kernel.spec)
     return handle
 
 
 def _linear(
     x: torch.Tensor, weight: list[torch.Tensor], bias: torch.Tensor | None, residual: torch.Tensor | None, kernel: str
 ) -> torch.Tensor:
+    """The kernel's own entry compares dtypes, devices, layout and sizes with what it was compiled for, in constant time;
+    Python looks again only when it refuses."""
     handle = _HANDLES.get(kernel) or _handle(kernel)
-    shape = x.shape
-    if x.dtype is not handle.dtype or weight[0].dtype is not handle.dtype or shape[-1] != handle.in_features:
-        raise InputError(_explain(x, weight, handle))
-    if x.is_cuda is not handle.cuda:
-        raise InputError(_explain(x, weight, handle))
     if x.requires_grad and torch.is_grad_enabled():
         raise InputError(
             "a gradient is wanted through a model compiled for inference; compile with training=True, "
             "or call it under torch.no_grad()"
         )
-    if not x.is_contiguous():
-        x = x.contiguous()
-    y = x.new_empty((*shape[:-1], handle.out_features))
-    if residual is not None:
-        residual = _like(residual, y)
-    handle.call(x, y, bias, residual, *weight)
+    y = x.new_empty((*x.shape[:-1], handle.out_features))
+    if residual is not None and residual.shape != y.shape:
+        raise InputError(f"residual has shape {tuple(residual.shape)}, the output {tuple(y.shape)}")
+    try:
+        handle.call(x, y, bias, residual, *weight)
+    except ValueError as refusal:
+        _retry(handle, refusal, x, y, bias, residual, weight)
     return y
+
+
+def _retry(
+    handle: _Handle,
+    refusal: ValueError,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    weight: list[torch.Tensor],
+) -> None:
+    """Once more with contiguous activations; raises InputError that says what does not fit when that is not it."""
+    strided = not x.is_contiguous() or (residual is not None and not residual.is_contiguous())
+    try:
+        if not strided:
+            raise refusal
+        handle.call(x.contiguous(), y, bias, residual.contiguous() if residual is not None else None, *weight)
+    except ValueError as error:
+        raise InputError(_explain(x, weight, handle.spec, str(error))) from error
 
 
 def _linear_buckets(
@@ -88,24 +100,18 @@ def _linear_buckets(
     return _linear(x, weight, bias, residual, kernel)
 
 
-def _like(residual: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    if residual.dtype is not y.dtype or residual.shape != y.shape:
-        raise InputError(
-            f"residual is {residual.dtype} {tuple(residual.shape)}, the output is {y.dtype} {tuple(y.shape)}"
+def _explain(x: torch.Tensor, weight: list[torch.Tensor], spec: KernelSpec, refusal: str) -> str:
+    dtype = DTYPES[spec.dtype]
+    if x.shape[-1:] != (spec.in_features,):
+        return f"input has shape {tuple(x.shape)}; this site was compiled for (..., {spec.in_features})"
+    if x.device.type != spec.device:
+        return f"input is on {x.device} and this site runs on {spec.device}; move the model and its inputs together"
+    if x.dtype is not dtype or weight[0].dtype is not dtype:
+        return (
+            f"input is {x.dtype} and the packed weight {weight[0].dtype}; this site was compiled for {dtype}: "
+            "cast the model before sparsec.compile, and the inputs to match"
         )
-    return residual if residual.is_contiguous() else residual.contiguous()
-
-
-def _explain(x: torch.Tensor, weight: list[torch.Tensor], handle: _Handle) -> str:
-    if x.shape[-1:] != (handle.in_features,):
-        return f"input has shape {tuple(x.shape)}; this site was compiled for (..., {handle.in_features})"
-    if x.is_cuda is not handle.cuda:
-        there = "a CUDA device" if handle.cuda else "the CPU"
-        return f"input is on {x.device} and the kernel of this site runs on {there}; move the model and its inputs together"
-    return (
-        f"input is {x.dtype} and the packed weight {weight[0].dtype}; this site was compiled for {handle.dtype}: "
-        "cast the model before sparsec.compile, and the inputs to match"
-    )
+    return f"the kernel of this site refuses its operands: {refusal}"
 
 
 @lru_cache(maxsize=4096)
