@@ -240,6 +240,29 @@ def _map_with_spec(fn: Any, value: Any, spec: Any) -> Any:
     return value
 
 
+def dynamic_leaves(call: CallInfo, by_name: dict[str, Any]) -> dict[str, set[int]]:
+    """Leaf name -> the dimensions that were asked to vary, by the shapes of each parameter."""
+    found: dict[str, set[int]] = {}
+    for argument in call.arguments:
+        param = call.signature.parameters[argument.param]
+        spec = by_name if param.kind is param.VAR_KEYWORD else by_name.get(argument.param)
+        for leaf, shapes in zip(argument.leaves, _leaf_specs(argument.spec, spec)):
+            if leaf.slot and shapes:
+                items = shapes.items() if isinstance(shapes, dict) else enumerate(shapes)
+                found[leaf.name] = {d for d, kind in items if kind is not None and not isinstance(kind, int)}
+    return found
+
+
+def _leaf_specs(tree: pytree.TreeSpec | None, spec: Any) -> Iterator[Any]:
+    if tree is None or tree.is_leaf():
+        yield spec
+        return
+    keys = tree.context if isinstance(spec, dict) and tree.type is dict else range(tree.num_children)
+    for key, child in zip(keys, tree.children()):
+        part = spec.get(key) if isinstance(spec, dict) else spec[key] if spec else None
+        yield from _leaf_specs(child, part)
+
+
 def run_once(model: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]], training: bool = False) -> None:
     """Run a private copy on the example inputs, to find early what no graph can be blamed for.
 
@@ -278,15 +301,34 @@ def capture_export(model: nn.Module, example: Any, shapes: Any, training: bool) 
     """torch.export without strict mode, made functional, with flat constants. `model` is a private copy."""
     from sparsec.capture_export import guard, run_export
 
+    given = describe_call(model, example, "export", training).flatten(*example)
     shapes, example = dynamic_dims(model, example, shapes)
     program, notes = run_export(model, example, shapes)
     raw = program.module(check_guards=False)
     call = describe_call(model, example, "export", training)
     call = guard(call, program, raw)
+    notes += _specialised(call, dynamic_leaves(call, shapes or {}), given)
     if any("use_cache" in note for note in notes):
         call = _accept(call, "use_cache", False)
     gm = flatten_constants(raw.graph, raw, model, raw.graph._codegen.pytree_info.out_spec, training)
     return Captured(gm, call, example=example, notes=notes)
+
+
+def _specialised(call: CallInfo, asked: dict[str, set[int]], given: tuple[Any, ...]) -> list[str]:
+    """Notes on dimensions that were asked to vary and that the model fixed all the same.
+
+    RuntimeError when the example had size 1 there: the graph would be for the doubled size alone.
+    """
+    notes = []
+    for leaf, value in zip(call.guards, given):
+        for dim in sorted(asked.get(leaf.name, ())):
+            size = leaf.dims[dim] if leaf.dims is not None else ""
+            if isinstance(size, int):
+                note = f"dimension {dim} of {leaf.name} cannot vary: the forward fixes it at its example size"
+                if size != value.shape[dim]:
+                    raise RuntimeError(f"{note}; give example inputs of the size you need, and no dynamic shapes")
+                notes.append(f"{note} of {size}")
+    return notes
 
 
 def _accept(call: CallInfo, name: str, value: Any) -> CallInfo:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from sparsec.call import CallInfo, Leaf
-from sparsec.capture import Captured, describe_call, dynamic_dims
+from sparsec.capture import Captured, describe_call, dynamic_dims, dynamic_leaves
 from sparsec.capture_export import check_state
 from sparsec.capture_table import ARITHMETIC, rule_of, writes_input
 from sparsec.failures import quiet
@@ -44,7 +44,7 @@ def capture_trace(
     gm = flatten_constants(graph, model, model, out_spec, training)
     if example is not None:
         inputs = call.flatten(*example)
-        dynamic = _dynamic(call, by_name or {})
+        dynamic = dynamic_leaves(call, by_name or {})
         fakes = [(value, dynamic.get(leaf.name, set())) for value, leaf in zip(inputs, call.guards)]
         propagate(gm, fakes)
         call = _guard(call, fakes, guard_shapes)
@@ -238,29 +238,6 @@ def _surely_tensor(value: Any) -> bool:
 
 
 # Shapes
-
-
-def _dynamic(call: CallInfo, by_name: dict[str, Any]) -> dict[str, set[int]]:
-    """Leaf name -> its dynamic dimensions."""
-    found: dict[str, set[int]] = {}
-    for argument in call.arguments:
-        param = call.signature.parameters[argument.param]
-        spec = by_name if param.kind is param.VAR_KEYWORD else by_name.get(argument.param)
-        for leaf, shapes in zip(argument.leaves, _leaf_specs(argument.spec, spec)):
-            if leaf.slot and shapes:
-                items = shapes.items() if isinstance(shapes, dict) else enumerate(shapes)
-                found[leaf.name] = {d for d, kind in items if kind is not None and not isinstance(kind, int)}
-    return found
-
-
-def _leaf_specs(tree: pytree.TreeSpec | None, spec: Any) -> Iterator[Any]:
-    if tree is None or tree.is_leaf():
-        yield spec
-        return
-    keys = tree.context if isinstance(spec, dict) and tree.type is dict else range(tree.num_children)
-    for key, child in zip(keys, tree.children()):
-        part = spec.get(key) if isinstance(spec, dict) else spec[key] if spec else None
-        yield from _leaf_specs(child, part)
 
 
 def propagate(gm: fx.GraphModule, inputs: list[tuple[Any, set[int]]]) -> None:

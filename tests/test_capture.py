@@ -386,6 +386,17 @@ def test_a_branch_on_a_dynamic_size_is_guarded() -> None:
         module(torch.ones(5, 4))
 
 
+def test_a_size_that_cannot_vary_is_noted_or_refused() -> None:
+    class Fixed(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * int(x.shape[0])
+
+    captured = capture_whole(Fixed(), (torch.randn(3, 4),), None, "batch", "export")
+    assert captured.notes == ["dimension 0 of x cannot vary: the forward fixes it at its example size of 3"]
+    with pytest.raises(CaptureError, match="dimension 0 of x cannot vary"):
+        capture_whole(Fixed(), (torch.randn(1, 4),), None, "batch", "export")
+
+
 def test_wrong_options_and_inputs() -> None:
     model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4)
     with pytest.raises(SpecError, match=r"'exports'.*'export'"):
