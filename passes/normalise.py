@@ -116,7 +116,7 @@ def _same_shape(node: fx.Node) -> bool:
 def _same_layout(node: fx.Node) -> bool:
     """Whether input and output agree in shape, dtype, device and strides."""
     a, b = node.args[0].meta.get("val"), node.meta.get("val")  # type: ignore[union-attr]
-    if not same_shape(a, b) or a.device != b.device or a.layout != b.layout:
+    if a is None or b is None or not same_shape(a, b) or a.device != b.device or a.layout != b.layout:
         return False
     return all(same_size(x, y) for x, y in zip(a.stride(), b.stride()))
 

@@ -15,14 +15,15 @@ from sparsec import codes, install
 from sparsec.capture import Captured, capture_whole
 from sparsec.codegen import build, cache, toolchain
 from sparsec.draw import draw as picture  # now, not lazily: a later import would put the module over our function
-from sparsec.driver import Context, History, Options, Pass, run_passes
+from sparsec.driver import Context, Options, Pass, run_passes
 from sparsec.errors import CaptureError, SpecError, ToolchainError, nearest
 from sparsec.graph import KEY
+from sparsec.history import History
 from sparsec.module import CompiledModule
 from sparsec.passes import DEFAULT
 from sparsec.passes.annotate import check_spec
 from sparsec.private import privatise, storages
-from sparsec.regions import RegionPlan, capture_regions, install_region
+from sparsec.regions import capture_regions, install_region
 from sparsec.report import Report, Row
 from sparsec.spec import Spec
 from sparsec.target import Target
@@ -125,15 +126,16 @@ class _Job:
 
     def run(self, install_it: bool) -> nn.Module:
         begin = perf_counter()
-        plan, captured = self._capture()
+        captured = self._capture_whole()
         self.report.timings["capture_s"] = perf_counter() - begin
         result = Result(self.report, tuple(self.model.state_dict(keep_vars=True)))
         if captured is not None:
             result.histories[""] = self._passes(captured)
-            root: nn.Module = CompiledModule.wrap(captured.gm, captured.call)
-            root.meta[KEY]["result"] = result
+            compiled = CompiledModule.wrap(captured.gm, captured.call)
+            compiled.meta[KEY]["result"] = result
+            root: nn.Module = compiled
         else:
-            root = self._regions(plan, result, install_it)
+            root = self._regions(result, install_it)
         if install_it:
             self._keep(root)
         for line in cache.notes():
@@ -141,21 +143,20 @@ class _Job:
         self.report.timings["total_s"] = perf_counter() - begin
         return root
 
-    def _capture(self) -> tuple[RegionPlan | None, Captured | None]:
-        reason = ""
-        if self.capture != "regions":
-            try:
-                captured = capture_whole(self.model, self.example, self.kwargs, self.dynamic_shapes, self.capture)
-            except CaptureError as error:
-                if self.capture != "auto":
-                    raise
-                reason = str(error)
-            else:
-                self.report.capture = {"rung": captured.call.rung, "reason": captured.reason}
-                return None, captured
-        plan = capture_regions(self.model, self.example, self.kwargs)
-        self.report.capture = {"rung": "regions", "reason": reason}
-        return plan, None
+    def _capture_whole(self) -> Captured | None:
+        """The model as one graph, or None when it is to be compiled by regions."""
+        self.report.capture = {"rung": "regions", "reason": ""}
+        if self.capture == "regions":
+            return None
+        try:
+            captured = capture_whole(self.model, self.example, self.kwargs, self.dynamic_shapes, self.capture)
+        except CaptureError as error:
+            if self.capture != "auto":
+                raise
+            self.report.capture["reason"] = str(error)
+            return None
+        self.report.capture = {"rung": captured.call.rung, "reason": captured.reason}
+        return captured
 
     def _passes(self, captured: Captured) -> History:
         example = captured.example
@@ -166,7 +167,10 @@ class _Job:
         )  # fmt: skip
         return run_passes(captured.gm, self.passes, context)
 
-    def _regions(self, plan: RegionPlan, result: Result, install_it: bool) -> nn.Module:
+    def _regions(self, result: Result, install_it: bool) -> nn.Module:
+        begin = perf_counter()
+        plan = capture_regions(self.model, self.example, dict(self.kwargs) if self.kwargs else None)
+        self.report.timings["capture_s"] += perf_counter() - begin
         for path, captured in plan.regions:
             captured.gm.meta.setdefault(KEY, {})["region"] = path
             result.histories[path] = self._passes(captured)

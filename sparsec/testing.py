@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,16 +98,17 @@ def draw_case(rng: np.random.Generator, target: Target, variants: Sequence[catal
 
 
 def _draw_format(rng: np.random.Generator, name: str, rows: int, cols: int) -> Format:
+    make: Callable[..., Format] = FORMATS[name]
     if name == "bsr":
         choice = ((1, 4), (4, 1), (16, 1), (1, 16), (4, 4), (8, 8), (16, 16), (3, 5), (2, 7))[int(rng.integers(9))]
-        return FORMATS[name](*choice).resolve(rows, cols)
+        return make(*choice).resolve(rows, cols)
     if name == "csr":
         block = (None, 64, 128, 256)[int(rng.integers(4))]
-        return FORMATS[name](index_bits=(None, 32)[int(rng.integers(2))], block=block).resolve(rows, cols)
+        return make(index_bits=(None, 32)[int(rng.integers(2))], block=block).resolve(rows, cols)
     if name == "bitmask":
         block = (None, 64, 128)[int(rng.integers(3))]
-        return FORMATS[name](width=(None, 16, 32, 64)[int(rng.integers(4))], block=block).resolve(rows, cols)
-    return FORMATS[name]().resolve(rows, cols)
+        return make(width=(None, 16, 32, 64)[int(rng.integers(4))], block=block).resolve(rows, cols)
+    return make().resolve(rows, cols)
 
 
 def draw_data(rng: np.random.Generator) -> Data:
@@ -132,7 +134,7 @@ def mask_of(pattern: str, rows: int, cols: int, density: float, rng: np.random.G
     elif pattern in ("one_row", "one_column", "one_entry", "last_entry"):
         row, col = int(rng.integers(rows)), int(rng.integers(cols))
         mask[:] = False
-        place = {
+        place: Any = {
             "one_row": np.s_[row, :], "one_column": np.s_[:, col], "one_entry": np.s_[row, col],
             "last_entry": np.s_[rows - 1, cols - 1],
         }[pattern]  # fmt: skip

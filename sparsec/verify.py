@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from sparsec.codegen.kernel import Step
+from sparsec.errors import SpecError
 
 _ROWS = 1024  # rows of x that are checked at a time: bounds the float64 copies
 SAMPLE = 256
@@ -35,6 +36,8 @@ def apply_steps(steps: Sequence[Step], y: torch.Tensor, residual: torch.Tensor |
     """The meaning of an epilogue, in torch: the oracle of every kernel and the dense baseline of every site."""
     for step in steps:
         if step.name == "add":
+            if residual is None:
+                raise SpecError("the epilogue adds a residual, but none was given")
             y = y + residual
         else:
             y = _STEPS[step.name](y, *step.params)
