@@ -68,6 +68,12 @@ def build_kernels(
     return {spec: kernel for spec, kernel in zip(wanted, kernels, strict=True) if kernel is not None}
 
 
+def adopt(spec: KernelSpec, kernel: Kernel) -> None:
+    """Use a kernel that was loaded from elsewhere, unless this process has one for the spec already."""
+    with _LOCK:
+        _loaded.setdefault(spec.text(), kernel)
+
+
 def workers() -> int:
     """Processors that this process may use."""
     count = getattr(os, "process_cpu_count", None)

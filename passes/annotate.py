@@ -230,7 +230,7 @@ def _refusal(op: str, tensor: torch.Tensor) -> tuple[str, str] | None:
 
 def _measure(op: str, tensor: torch.Tensor, transposed: bool) -> tuple[int, tuple[Structure, ...]]:
     """Nonzeros and structures of the (out, in) matrix; nonzeros alone for dtypes that no format stores."""
-    if tensor.is_quantized or tensor.layout is not torch.strided:
+    if tensor.is_quantized or tensor.layout is not torch.strided or tensor.is_meta:
         return -1, ()
     if tensor.dtype not in VALUE_DTYPES or 0 in tensor.shape:
         return int(torch.count_nonzero(tensor.float() if tensor.is_floating_point() else tensor)), ()

@@ -16,7 +16,7 @@ from sparsec.codegen.kernel import KernelSpec
 from sparsec.codegen.toolchain import include_path
 
 HEADER = Path(__file__).with_name("cuda_emulation.h")
-FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-w")
+FLAGS = ("-std=c++17", "-Og", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-w")
 CUDA_HEADERS = ("cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h")
 
 
@@ -42,18 +42,28 @@ def available() -> str | None:
 
 
 def build(specs: Sequence[KernelSpec], folder: Path) -> Emulated:
-    """Compile the kernels of `specs` for the host. Every source is a namespace of its own, so that they share a unit."""
+    """Compile the kernels of `specs` for the host. Every source is a namespace of its own, so they share a unit."""
+    text = "\n".join(render.render(spec).text for spec in dict.fromkeys(specs))
+    module = compile_text(text, folder)
+    library = ctypes.CDLL(str(_place(text, folder)))
+    return Emulated({spec.text(): module[spec.symbol] for spec in specs}, library)
+
+
+def _place(text: str, folder: Path) -> Path:
+    return folder / (hashlib.sha256(text.encode()).hexdigest()[:16] + ".so")
+
+
+def compile_text(text: str, folder: Path) -> Any:
+    """The tvm-ffi module of some CUDA sources."""
     from tvm_ffi import load_module
 
-    text = "\n".join(render.render(spec).text for spec in dict.fromkeys(specs))
-    name = hashlib.sha256(text.encode()).hexdigest()[:16]
-    source, output = folder / f"{name}.cpp", folder / f"{name}.so"
+    output = _place(text, folder)
+    source = output.with_suffix(".cpp")
     for header in CUDA_HEADERS:
         (folder / header).write_text(f'#include "{HEADER}"\n', encoding="utf-8")
     source.write_text(text, encoding="utf-8")
-    command = ["g++", *FLAGS, "-include", str(HEADER), f"-I{folder}", f"-I{include_path()}", "-o", str(output), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = ["g++", *FLAGS, "-include", str(HEADER), f"-I{folder}", f"-I{include_path()}"]
+    done = subprocess.run([*command, "-o", str(output), str(source)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise AssertionError(f"the emulated kernels do not compile:\n{done.stderr[:4000]}")
-    module = load_module(str(output))
-    return Emulated({spec.text(): module[spec.symbol] for spec in specs}, ctypes.CDLL(str(output)))
+    return load_module(str(output))
