@@ -31,9 +31,10 @@ from sparsec.errors import (
     ToolchainError,
     VerifyError,
 )
-from sparsec.formats import BSR, CSR, Bitmask, Dense, Format
+from sparsec.formats import BSR, CSR, NM, Bitmask, Dense, FanIn, Format
 from sparsec.passes import DEFAULT
 from sparsec.report import Report
+from sparsec.save import load, save
 from sparsec.sparsifiers import sparsify
 from sparsec.spec import Auto, Spec
 
@@ -43,6 +44,7 @@ __all__ = [
     "BSR",
     "CSR",
     "DEFAULT",
+    "NM",
     "Auto",
     "Backend",
     "Bitmask",
@@ -50,6 +52,7 @@ __all__ = [
     "Dense",
     "DependencyError",
     "DeviceError",
+    "FanIn",
     "Format",
     "FormatError",
     "InputError",
@@ -68,9 +71,11 @@ __all__ = [
     "dense_state_dict",
     "draw",
     "graphs",
+    "load",
     "load_dense_state_dict",
     "register",
     "report",
+    "save",
     "source",
     "sparsify",
 ]

@@ -156,6 +156,8 @@ class _Job:
             self.report.capture["reason"] = str(error)
             return None
         self.report.capture = {"rung": captured.call.rung, "reason": captured.reason}
+        for line in captured.notes:
+            self.report.note(line)
         return captured
 
     def _passes(self, captured: Captured) -> History:
@@ -241,7 +243,7 @@ def dense_state_dict(cm: nn.Module) -> dict[str, torch.Tensor]:
             f"{lost[0]!r} was folded into other weights and its original was not kept ({len(lost)} such entries); "
             "compile with keep_originals=True"
         )
-    return {key: found[key].detach().clone() for key in result.keys}
+    return {key: install.private(found[key]) for key in result.keys}
 
 
 def load_dense_state_dict(cm: nn.Module, state: Mapping[str, torch.Tensor]) -> None:

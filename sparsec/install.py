@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -89,14 +91,14 @@ def keep_originals(gm: fx.GraphModule, state: State, folded: bool = True) -> int
     if folded:
         for constant in _origins(gm):
             if constant.recipe is not None and not invertible(constant):
-                kept.update({name: state[name].detach().clone() for name in constant.sources if name in state})
+                kept.update({name: private(state[name]) for name in constant.sources if name in state})
     return _size(kept)
 
 
 def keep_unread(gm: fx.GraphModule, state: State) -> int:
     """Keep a copy of the entries of `state` that the graph never reads; returns their bytes."""
     read = {name for constant in _origins(gm) for name in constant.sources} | set(ties(gm))
-    unread = {name: tensor.detach().clone() for name, tensor in state.items() if name not in read}
+    unread = {name: private(value) for name, value in state.items() if name not in read}
     ledger(gm).originals.update(unread)
     return _size(unread)
 
@@ -162,7 +164,7 @@ def commit(gm: fx.GraphModule, fresh: list[tuple[str, torch.Tensor]], state: Sta
         replace_tensor(gm, name, tensor)
     kept = ledger(gm).originals
     for name in kept:
-        kept[name] = state[name].detach().clone()
+        kept[name] = private(state[name])
 
 
 def replace_tensor(gm: fx.GraphModule, name: str, tensor: torch.Tensor) -> None:
@@ -186,7 +188,7 @@ def check_state(state: State, expected: Mapping[str, torch.Tensor]) -> None:
             f"state dict has unknown key {unknown[0]!r} ({len(unknown)} in all); {nearest(unknown[0], expected)}"
         )
     for key, tensor in expected.items():
-        if state[key].shape != tensor.shape:
+        if isinstance(tensor, torch.Tensor) and state[key].shape != tensor.shape:
             raise InputError(
                 f"state dict entry {key!r} has shape {tuple(state[key].shape)}, the compiled model was built for "
                 f"{tuple(tensor.shape)}: compile again for other shapes"
@@ -224,8 +226,13 @@ def _recompute(constant: Constant, state: State, shape: torch.Size) -> torch.Ten
     return value
 
 
-def _size(tensors: State) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+def private(value: Any) -> Any:
+    """A copy of a state-dict entry; quantised modules keep dtypes and packed objects among their tensors."""
+    return value.detach().clone() if isinstance(value, torch.Tensor) else copy.copy(value)
+
+
+def _size(entries: State) -> int:
+    return sum(t.numel() * t.element_size() for t in entries.values() if isinstance(t, torch.Tensor))
 
 
 def find_kernel(cm: nn.Module, site: str) -> str:
