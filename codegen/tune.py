@@ -20,15 +20,20 @@ _CLOCK = threading.Lock()  # two timed runs of one process would measure each ot
 ROUNDS = 9
 MAX_ROUNDS = 27
 SAMPLE = 3e-4  # seconds: a sample repeats a contender until it is well above the timer's and the scheduler's grain
+PATIENCE = 0.5  # seconds that rounds may be added for
 SPREAD = 0.15  # a median is trusted when half of the samples lie within this share of it
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Median microseconds per call of each contender, in the order they were given."""
+    """Microseconds per call of each contender, in the order they were given: medians, or the best when not `steady`.
 
-    medians: tuple[float, ...]
+    An unsteady timing was disturbed by other processes: what was least disturbed is all it can tell.
+    """
+
+    us: tuple[float, ...]
     rounds: int
+    steady: bool = True
 
 
 def measure(contenders: Sequence[Callable[[], object]]) -> Timing:
@@ -36,19 +41,23 @@ def measure(contenders: Sequence[Callable[[], object]]) -> Timing:
 
     The clock is the host's, or events of the current stream for contenders that answer with CUDA tensors.
 
-    Rounds are added while the middle half of any contender's samples is wider than SPREAD of its median.
+    Rounds are added while the middle half of any contender's samples is wider than SPREAD of its median, up to
+    MAX_ROUNDS or PATIENCE seconds.
     """
     with _CLOCK, torch.inference_mode():
         repeats = [_calibrate(run) for run in contenders]
         samples: list[list[float]] = [[] for _ in contenders]
-        rounds = 0
-        while rounds < MAX_ROUNDS:
+        rounds, steady = 0, False
+        end = time.perf_counter() + PATIENCE
+        while rounds < ROUNDS or (rounds < MAX_ROUNDS and time.perf_counter() < end):
             for run, repeat, seen in zip(contenders, repeats, samples, strict=True):
                 seen.append(_sample(run, repeat))
             rounds += 1
-            if rounds >= ROUNDS and all(_steady(seen) for seen in samples):
+            steady = rounds >= ROUNDS and all(_steady(seen) for seen in samples)
+            if steady:
                 break
-    return Timing(tuple(statistics.median(seen) * 1e6 for seen in samples), rounds)
+    pick = statistics.median if steady else min
+    return Timing(tuple(pick(seen) * 1e6 for seen in samples), rounds, steady)
 
 
 def _calibrate(run: Callable[[], object]) -> int:
@@ -93,14 +102,15 @@ def recall(key: str, count: int) -> Timing | None:
     record = cache.load_json("decisions", key)
     if not isinstance(record, dict):
         return None
-    medians, rounds = record.get("medians"), record.get("rounds")
-    if not isinstance(medians, list) or len(medians) != count or not isinstance(rounds, int):
+    us, rounds = record.get("us"), record.get("rounds")
+    if not isinstance(us, list) or len(us) != count or not isinstance(rounds, int):
         return None
-    if not all(isinstance(m, float) and m > 0 for m in medians):
+    if not all(isinstance(u, float) and u > 0 for u in us):
         return None
-    return Timing(tuple(medians), rounds)
+    return Timing(tuple(us), rounds)
 
 
 def remember(key: str, timing: Timing) -> None:
-    """Store a timing for later compiles on this machine."""
-    cache.store_json("decisions", key, {"medians": list(timing.medians), "rounds": timing.rounds})
+    """Store a timing for later compiles on this machine, unless it was disturbed."""
+    if timing.steady:
+        cache.store_json("decisions", key, {"us": list(timing.us), "rounds": timing.rounds})

@@ -98,8 +98,8 @@ class Trial:
                 packed = fmt.pack(weight.reshape(proposal.fact.matrix))
             except torch.OutOfMemoryError as error:
                 raise DeviceError(
-                    f"site {proposal.fact.site!r}: no memory on {weight.device} to pack a {tuple(weight.shape)} weight as "
-                    f"{fmt.text()}; free some, leave the site dense in the spec, or compile on the CPU ({error})"
+                    f"site {proposal.fact.site!r}: no memory on {weight.device} to pack a {tuple(weight.shape)} weight "
+                    f"as {fmt.text()}; free some, leave the site dense in the spec, or compile on the CPU ({error})"
                 ) from error
             fmt.validate(packed, *proposal.fact.matrix)
             self._packs[key] = packed
@@ -169,7 +169,9 @@ class Trial:
             ]
             timing = tune.measure(contenders)
             tune.remember(key, timing)
-        return timing.medians
+            if not timing.steady:
+                self.ctx.report.note("the machine was busy while sites were timed: their times were not stored")
+        return timing.us
 
     # -- deciding ----------------------------------------------------------------------------------------------------
 
