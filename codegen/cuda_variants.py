@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sparsec.codegen.catalog import Tile, Variant
 from sparsec.codegen.kernel import Plan, Problem
-from sparsec.formats import CSR, Format, TiledCSL
+from sparsec.formats import CSR, Bitmask, Format, TiledCSL
 from sparsec.target import ARCHITECTURES, Target
 
 ALL = ("float16", "bfloat16", "float32")
@@ -17,6 +17,16 @@ _PANELS: Plan = ((8, "mma", 8), (16, "mma", 16), (32, "mma", 32), (0, "mma", 64)
 def rows(problem: Problem, fmt: Format, target: Target, isa: str) -> tuple[tuple[Plan, Tile], ...]:
     """A warp per row: lanes over entries for few rows of x, over rows of x for many."""
     return ((_ROWS, ()),)
+
+
+def merge(problem: Problem, fmt: Format, target: Target, isa: str) -> tuple[tuple[Plan, Tile], ...]:
+    """A warp per 256 rows and entries: a few reads of 32 entries each, and few rows cut in two."""
+    return ((((63, "merge", 32), (0, "merge", 64)), (("share", 256),)),)
+
+
+def gemv(problem: Problem, fmt: Format, target: Target, isa: str) -> tuple[tuple[Plan, Tile], ...]:
+    """A warp per row, for few rows of x."""
+    return ((((0, "gemv", 8),), ()),)
 
 
 def tensor(problem: Problem, fmt: Format, target: Target, isa: str) -> tuple[tuple[Plan, Tile], ...]:
@@ -44,29 +54,40 @@ def csr_formats(problem: Problem, target: Target) -> tuple[Format, ...]:
     return (CSR().resolve(problem.out_features, problem.in_features),)
 
 
+def bitmask_formats(problem: Problem, target: Target) -> tuple[Format, ...]:
+    """Masks of a warp's width."""
+    return (Bitmask(32).resolve(problem.out_features, problem.in_features),) if problem.density >= 0.05 else ()
+
+
 def tiled_csl_formats(problem: Problem, target: Target) -> tuple[Format, ...]:
     """The tile height of the paper; fewer bytes than dense 16-bit weights below half density."""
     return (TiledCSL(128),) if problem.density < 0.5 else ()
 
 
+_ARCH = tuple(ARCHITECTURES)
+
 VARIANTS: tuple[Variant, ...] = (
     Variant(
-        "linear_csr_cuda", "linear", "csr", "linear_csr.cu.jinja", "cuda", ALL, tuple(ARCHITECTURES),
+        "linear_csr_cuda", "linear", "csr", "linear_csr.cu.jinja", "cuda", ALL, _ARCH,
         choose=rows, candidates=csr_formats,
     ),
     Variant(
-        "linear_tiled_csl_mma", "linear", "tiled_csl", "linear_tiled_csl.cu.jinja", "cuda", TENSOR, tuple(ARCHITECTURES),
+        "linear_csr_merge", "linear", "csr", "linear_csr_merge.cu.jinja", "cuda", ALL, _ARCH,
+        choose=merge, candidates=csr_formats,
+    ),
+    Variant(
+        "linear_tiled_csl_mma", "linear", "tiled_csl", "linear_tiled_csl.cu.jinja", "cuda", TENSOR, _ARCH,
         choose=tensor, candidates=tiled_csl_formats,
     ),
     Variant(
-        "linear_fan_in_cuda", "linear", "fan_in", "linear_fan_in.cu.jinja", "cuda", ALL, tuple(ARCHITECTURES), choose=rows,
+        "linear_bsr_mma", "linear", "bsr", "linear_bsr.cu.jinja", "cuda", TENSOR, _ARCH, choose=tensor, needs=whole_tiles,
     ),
+    Variant("linear_bsr_rows", "linear", "bsr", "linear_bsr_rows.cu.jinja", "cuda", ALL, _ARCH, choose=rows, needs=whole_blocks),
+    Variant("linear_two_four_mma", "linear", "two_four", "linear_two_four.cu.jinja", "cuda", TENSOR, _ARCH, choose=tensor),
+    Variant("linear_fan_in_cuda", "linear", "fan_in", "linear_fan_in.cu.jinja", "cuda", ALL, _ARCH, choose=rows),
     Variant(
-        "linear_bsr_mma", "linear", "bsr", "linear_bsr.cu.jinja", "cuda", TENSOR, tuple(ARCHITECTURES),
-        choose=tensor, needs=whole_tiles,
-    ),
-    Variant(
-        "linear_bsr_rows", "linear", "bsr", "linear_bsr_rows.cu.jinja", "cuda", ALL, tuple(ARCHITECTURES),
-        choose=rows, needs=whole_blocks,
+        "linear_bitmask_cuda", "linear", "bitmask", "linear_bitmask.cu.jinja", "cuda", ALL, _ARCH,
+        choose=gemv, candidates=bitmask_formats,
     ),
 )  # fmt: skip
+"""In the order in which `tune="off"` tries them."""

@@ -13,12 +13,15 @@ from cuda_emulation import Emulated
 from sparsec import verify
 from sparsec.codegen import catalog
 from sparsec.codegen.kernel import DTYPES, KernelSpec, Problem, Step
-from sparsec.formats import BSR, CSR, FanIn, Format, TiledCSL
+from sparsec.formats import BSR, CSR, Bitmask, FanIn, Format, TiledCSL, TwoFour
 from sparsec.target import Target
 
 FORMATS: dict[str, Format] = {
     "linear_csr_cuda": CSR(),
+    "linear_csr_merge": CSR(block=16),
     "linear_tiled_csl_mma": TiledCSL(128),
+    "linear_two_four_mma": TwoFour(),
+    "linear_bitmask_cuda": Bitmask(32),
     "linear_fan_in_cuda": FanIn(9),
     "linear_bsr_mma": BSR(16, 16),
     "linear_bsr_rows": BSR(4, 2),
@@ -26,6 +29,9 @@ FORMATS: dict[str, Format] = {
 # (outputs, inputs): first one that is odd in every way, then one whose rows of x can be copied 16 bytes at a time.
 SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
     "linear_csr_cuda": ((70, 51), (33, 160)),
+    "linear_csr_merge": ((70, 51), (33, 160)),
+    "linear_two_four_mma": ((70, 51), (136, 600)),
+    "linear_bitmask_cuda": ((70, 51), (33, 1100)),
     "linear_tiled_csl_mma": ((70, 51), (136, 600)),
     "linear_fan_in_cuda": ((70, 51), (33, 160)),
     "linear_bsr_mma": ((70, 51), (33, 160)),
@@ -116,6 +122,10 @@ def weight_of(case: Case, density: float) -> torch.Tensor:
     if isinstance(case.format, FanIn):
         order = torch.rand(case.shape, generator=generator).argsort(1) < case.format.k
         kept &= order
+    if isinstance(case.format, TwoFour):
+        score = torch.nn.functional.pad(torch.rand(case.shape, generator=generator), (0, -case.cols % 4))
+        best = score.reshape(case.rows, -1, 4).argsort(2).argsort(2) >= 2
+        kept &= best.reshape(case.rows, -1)[:, : case.cols]
     return torch.where(kept, weight, torch.zeros(())).to(DTYPES[case.dtype])
 
 

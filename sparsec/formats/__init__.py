@@ -10,12 +10,16 @@ from sparsec.formats._pack import VALUE_DTYPES, nonzero
 from sparsec.formats.bitmask import Bitmask
 from sparsec.formats.bsr import BSR
 from sparsec.formats.csr import CSR
+from sparsec.formats.csr_groups import CSRGroups
 from sparsec.formats.dense import Dense
 from sparsec.formats.fan_in import FanIn
+from sparsec.formats.group_int4 import GroupInt4
 from sparsec.formats.nm import NM
+from sparsec.formats.spqr import SpQR
 from sparsec.formats.tiled_csl import TiledCSL
+from sparsec.formats.two_four import TwoFour
 
-FORMATS: dict[str, type[Format]] = {cls.name: cls for cls in (Dense, CSR, Bitmask, BSR, NM, FanIn, TiledCSL)}
+FORMATS: dict[str, type[Format]] = {cls.name: cls for cls in (Dense, CSR, CSRGroups, Bitmask, BSR, NM, FanIn, TiledCSL, TwoFour, GroupInt4, SpQR)}
 """Name in canonical text -> class. A user's formats join through `register_format`."""
 
 _TOKEN = re.compile(r"([a-z][a-z0-9_]*)|(-?(?:0|[1-9][0-9]{0,9}))(?![a-z0-9_])|([(),=])")
@@ -122,6 +126,7 @@ class _Reader:
 __all__ = [
     "BSR",
     "CSR",
+    "CSRGroups",
     "FORMATS",
     "NM",
     "VALUE_DTYPES",
@@ -130,7 +135,10 @@ __all__ = [
     "Dense",
     "FanIn",
     "Format",
+    "GroupInt4",
+    "SpQR",
     "TiledCSL",
+    "TwoFour",
     "nonzero",
     "parse",
     "pattern",
