@@ -36,6 +36,7 @@ from sparsec.passes import DEFAULT
 from sparsec.report import Report
 from sparsec.save import load, save
 from sparsec.sparsifiers import sparsify
+from sparsec.sparsifiers.structure import co_permute, dependency_groups, shrink
 from sparsec.spec import Auto, Spec
 
 __version__ = "0.1.0"
@@ -67,8 +68,10 @@ __all__ = [
     "Variant",
     "VerifyError",
     "analyze",
+    "co_permute",
     "compile",
     "dense_state_dict",
+    "dependency_groups",
     "draw",
     "graphs",
     "load",
@@ -76,6 +79,7 @@ __all__ = [
     "register",
     "report",
     "save",
+    "shrink",
     "source",
     "sparsify",
 ]
