@@ -9,11 +9,11 @@ import torch
 from torch import fx
 
 from sparsec import codes
-from sparsec.codegen import catalog
+from sparsec.codegen import catalog, plans
 from sparsec.codegen.kernel import DTYPES, KernelSpec, Problem
 from sparsec.driver import Context
 from sparsec.errors import SpecError
-from sparsec.formats import Format
+from sparsec.formats import Dense, Format
 from sparsec.graph import Fact, get_constant
 from sparsec.report import Row
 from sparsec.spec import Auto
@@ -21,8 +21,9 @@ from sparsec.spec import Auto
 AUTO_DENSITY = 0.7
 """Above this share of nonzeros `Auto` tries nothing: a sparse kernel saves less work than its bookkeeping costs."""
 
-_STRUCTURED = {"block": "bsr"}  # structure kind -> format name that `Auto` tries beside the unstructured ones
-_UNSTRUCTURED = ("csr", "bitmask")
+# structure kind -> format name that `Auto` tries beside the unstructured ones
+_STRUCTURED = {"block": "bsr", "nm": "nm", "fan_in": "fan_in"}
+_UNSTRUCTURED = ("csr", "csr_groups", "bitmask")
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def propose(gm: fx.GraphModule, node: fx.Node, fact: Fact, ctx: Context) -> Prop
     Raises SpecError when the spec names a format that the weight does not obey.
     """
     wanted = ctx.spec.match(fact.site, fact.module)
-    if wanted is None:
+    if wanted is None or isinstance(wanted, Dense):
         return dense_row(fact, codes.SPEC_DENSE)
     if fact.refusal:
         code, reason = fact.refusal
@@ -102,7 +103,14 @@ def _auto_formats(fact: Fact, problem: Problem, ctx: Context) -> list[Format]:
         name = _STRUCTURED.get(structure.kind)
         if name:
             found.append(FORMATS[name](*structure.params))
-    return found + [FORMATS[name]() for name in _UNSTRUCTURED]
+    suited = [name for name in _UNSTRUCTURED if _suits(name, problem, ctx)]
+    return found + [FORMATS[name]() for name in suited or _UNSTRUCTURED]
+
+
+def _suits(name: str, problem: Problem, ctx: Context) -> bool:
+    """Whether some kernel of a format likes this problem, or has no likes of its own."""
+    variants = catalog.variants_for(problem.op, name, ctx.target)
+    return any(v.candidates is plans.no_formats or v.formats(problem, ctx.target) for v in variants)
 
 
 def _candidates(formats: list[Format], problem: Problem, ctx: Context) -> tuple[list[Candidate], list[str]]:

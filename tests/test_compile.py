@@ -267,3 +267,60 @@ def test_verification_failure_keeps_the_site_dense(
     assert {r.code for r in report.rows} == {"SPC0500"} and {r.decision for r in report.rows} == {"dense"}
     with pytest.raises(sparsec.VerifyError, match="made to fail"):
         sparsec.compile(pruned, None, (x,), tune="off", fallback="error")
+
+
+class TestBuckets:
+    """A site that wins at some sizes only keeps its dense weight for the others."""
+
+    @pytest.fixture
+    def mixed(self, monkeypatch: pytest.MonkeyPatch, pruned: nn.Module, x: torch.Tensor) -> nn.Module:
+        from sparsec.codegen import tune
+
+        def scripted(contenders: list[object]) -> tune.Timing:
+            batch = next(batches)
+            sparse = 1.0 if batch > 64 else 20.0
+            return tune.Timing((10.0, *(sparse for _ in contenders[1:])), 9, steady=False)
+
+        def key(problem: object, batch: int, *rest: object) -> str:
+            seen.append(batch)
+            return f"{len(seen)}"
+
+        seen: list[int] = []
+        batches = (seen[-1] for _ in iter(int, 1))
+        monkeypatch.setattr(tune, "measure", scripted)
+        monkeypatch.setattr(tune, "decision_key", key)
+        monkeypatch.setattr(tune, "recall", lambda *a: None)
+        return sparsec.compile(pruned, None, (x,), dynamic_shapes="batch")
+
+    def test_the_report_counts_both_weights(self, mixed: nn.Module) -> None:
+        for row in sparsec.report(mixed).rows:
+            assert row.code == "SPC0005" and row.decision == "sparse"
+            assert isinstance(row.batch, tuple) and len(row.batch) > 2
+            assert row.nbytes > row.dense_nbytes
+
+    def test_results_and_state_dicts(self, mixed: nn.Module, pruned: nn.Module) -> None:
+        assert dict(sparsec.graphs(mixed))["lower"].count("sparsec.linear_buckets") == 2
+        with torch.no_grad():
+            for batch in (2, 30):
+                part = torch.randn(batch, 7, 64, generator=torch.Generator().manual_seed(batch))
+                torch.testing.assert_close(mixed(part), pruned(part))
+            state = sparsec.dense_state_dict(mixed)
+            assert all(torch.equal(state[k], v) for k, v in pruned.state_dict().items())
+            torch.manual_seed(9)
+            other = sparsec.sparsify(Net().eval(), Magnitude(0.7))
+            sparsec.load_dense_state_dict(mixed, other.state_dict())
+            for batch in (2, 30):
+                part = torch.randn(batch, 7, 64)
+                torch.testing.assert_close(mixed(part), other(part))
+
+
+def test_dense_in_a_spec_means_dense(pruned: nn.Module, x: torch.Tensor) -> None:
+    report = sparsec.analyze(pruned, {"up": sparsec.Dense(), "_default": sparsec.CSR()}, (x,), tune="off")
+    assert report.row("up").code == "SPC0200" and report.row("down").decision == "sparse"
+
+
+def test_autocast_around_a_compiled_model(cm: nn.Module, pruned: nn.Module, x: torch.Tensor) -> None:
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        got = cm(x)["out"]
+    with torch.no_grad():
+        torch.testing.assert_close(got.float(), pruned(x)["out"], rtol=5e-2, atol=5e-2)

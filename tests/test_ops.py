@@ -119,3 +119,13 @@ def test_strided_expanded_and_offset_inputs(gelu: Any) -> None:
         torch.randn(9 * COLS + 1)[1:].view(9, COLS),
     ):
         assert verify.check(OVERLOAD(x, buffers, bias, None, text), x, weight, bias, (Step("gelu"),)).ok
+
+
+def test_autocast_casts_the_activations_to_the_packed_dtype(gelu: Any) -> None:
+    text, buffers, weight, bias = gelu
+    x = torch.randn(6, COLS)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        y = OVERLOAD(x.bfloat16(), buffers, bias, None, text)
+        z = BUCKETS(x.bfloat16(), buffers, weight, bias, None, text, [1, 2])
+    assert y.dtype == torch.float32 and torch.equal(y, z)
+    assert verify.check(y, x.bfloat16().float(), weight, bias, (Step("gelu"),)).ok

@@ -7,7 +7,7 @@ it first renders, builds and loads the kernel.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -124,6 +124,22 @@ def _epilogue(kernel: str) -> tuple[Step, ...]:
     return KernelSpec.parse(kernel).epilogue
 
 
+def _cast(kernel: str, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    dtype = DTYPES[KernelSpec.parse(kernel).dtype]
+    return [t.to(dtype) if t is not None else None for t in tensors]
+
+
+def _autocast(op: Callable[..., torch.Tensor], x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """Under autocast the activations come in another dtype than the weight was packed in: cast them, not the weight.
+
+    `rest` ends with ..., bias, residual, kernel and, for buckets, the ranges; the operands before are weights.
+    """
+    at = next(i for i, value in enumerate(rest) if isinstance(value, str))
+    x, bias, residual = _cast(rest[at], x, rest[at - 2], rest[at - 1])  # type: ignore[assignment]
+    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+        return op(x, *rest[: at - 2], bias, residual, *rest[at:])
+
+
 def _fake(
     x: torch.Tensor, weight: list[torch.Tensor], bias: torch.Tensor | None, residual: torch.Tensor | None, kernel: str
 ) -> torch.Tensor:
@@ -150,3 +166,10 @@ torch.library.register_fake("sparsec::linear_buckets", _fake_buckets, lib=_LIBRA
 
 OVERLOAD = torch.ops.sparsec.linear.default
 BUCKETS = torch.ops.sparsec.linear_buckets.default
+
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+for _key in ("AutocastCPU", "AutocastCUDA"):
+    _LIBRARY.impl("linear", partial(_autocast, OVERLOAD), _key)
+    _LIBRARY.impl("linear_buckets", partial(_autocast, BUCKETS), _key)
