@@ -42,7 +42,6 @@ class Proposal:
     fact: Fact
     problem: Problem
     candidates: list[Candidate] = field(default_factory=list)
-    forced: bool = False  # the spec names a format, so that a refusal is an error of the user's
 
 
 def dense_row(fact: Fact, code: str, **values: Any) -> Row:
@@ -91,7 +90,7 @@ def propose(gm: fx.GraphModule, node: fx.Node, fact: Fact, ctx: Context) -> Prop
     found, reasons = _candidates(formats, problem, ctx)
     if not found:
         return dense_row(fact, codes.NO_VARIANT, detail="; ".join(dict.fromkeys(reasons)) or "no format fits")
-    return Proposal(node, fact, problem, found, forced=not isinstance(wanted, Auto))
+    return Proposal(node, fact, problem, found)
 
 
 def _auto_formats(fact: Fact, problem: Problem, ctx: Context) -> list[Format]:

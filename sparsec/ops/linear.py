@@ -46,8 +46,8 @@ def _handle(text: str) -> _Handle:
 def _linear(
     x: torch.Tensor, weight: list[torch.Tensor], bias: torch.Tensor | None, residual: torch.Tensor | None, kernel: str
 ) -> torch.Tensor:
-    """The kernel's own entry compares dtypes, devices, layout and sizes with what it was compiled for, in constant time;
-    Python looks again only when it refuses."""
+    """The kernel's own entry compares dtypes, devices, layout and sizes with what it was compiled for; Python looks
+    again only when it refuses."""
     handle = _HANDLES.get(kernel) or _handle(kernel)
     if x.requires_grad and torch.is_grad_enabled():
         raise InputError(
