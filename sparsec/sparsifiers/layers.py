@@ -44,7 +44,6 @@ class Layer:
         matrix = rows.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
         return matrix.t() if self.transposed else matrix
 
-
     def matrix(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor shaped like the weight as (out, offsets * in), channels fastest: one row per output, as `Stats` has
         its features. For linear layers this is `rows`."""

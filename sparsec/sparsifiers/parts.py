@@ -1,123 +1,105 @@
-"""What a sparsifier is made of: a score, a granularity that turns scores into a mask, an allocator of sparsity."""
+"""What a sparsifier is made of: score x granularity x selector x allocator x apply, and the job of one layer."""
 
 from __future__ import annotations
 
-import math
-import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
 
 from sparsec.errors import SpecError
 from sparsec.formats import Format, nonzero
+from sparsec.sparsifiers.allocators import Allocator, EqualShare, GlobalShare, check_sparsity
+from sparsec.sparsifiers.granularity import Element, Granularity, GroupsOf, groups
 from sparsec.sparsifiers.layers import Layer
+from sparsec.sparsifiers.scores import AbsValue, Score, Uniform01
+from sparsec.sparsifiers.selectors import Selection, Selector, TopK
+from sparsec.sparsifiers.stats import Stats
+
+__all__ = [
+    "AbsValue",
+    "Allocator",
+    "Apply",
+    "Element",
+    "EqualShare",
+    "GlobalShare",
+    "Granularity",
+    "GroupsOf",
+    "Hard",
+    "Problem",
+    "Score",
+    "Selection",
+    "Solution",
+    "Sparsifier",
+    "Target",
+    "Uniform01",
+    "check_sparsity",
+    "groups",
+    "zero_entries",
+]
 
 
-class Score(Protocol):
-    """How much an entry is worth keeping: a real tensor shaped like the weight, larger is better."""
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """One layer to prune: the layer, what calibration saw (None without data), and how many zeros it gets."""
 
-    def __call__(self, layer: Layer) -> torch.Tensor: ...
+    layer: Layer
+    stats: Stats | None = None
+    zeros: int = 0
 
-
-@dataclass(frozen=True)
-class AbsValue:
-    """|w|."""
-
-    def __call__(self, layer: Layer) -> torch.Tensor:
-        return layer.weight.detach().abs()
-
-
-@dataclass(frozen=True)
-class Uniform01:
-    """A random number, the same for a layer of this name and size whatever else is pruned."""
-
-    seed: int = 0
-
-    def __call__(self, layer: Layer) -> torch.Tensor:
-        seed = (self.seed * 0x9E3779B1 + zlib.crc32(layer.site.encode())) % 2**63
-        generator = torch.Generator().manual_seed(seed)
-        return torch.rand(layer.weight.shape, generator=generator, dtype=torch.float64).to(layer.weight.device)
+    def seen(self, owner: str) -> Stats:
+        """The statistics. Raises SpecError when there are none."""
+        if self.stats is None:
+            raise SpecError(f"{owner} calibrates; pass data=, an iterable of batches")
+        return self.stats
 
 
-@dataclass(frozen=True)
-class EqualShare:
-    """The same share of zeros in every layer: round(sparsity * entries)."""
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """What becomes of a layer: its new weight, which entries stay (the others are zero), a new bias, and remarks."""
 
-    sparsity: float
-
-    def zeros(self, layers: Sequence[Layer], score: Score) -> list[int]:
-        return [round(self.sparsity * layer.weight.numel()) for layer in layers]
-
-
-@dataclass(frozen=True)
-class GlobalShare:
-    """One threshold for all layers: round(sparsity * all entries) zeros in total."""
-
-    sparsity: float
-
-    def zeros(self, layers: Sequence[Layer], score: Score) -> list[int]:
-        ranks = [_ranks(score(layer), layer.weight) for layer in layers]
-        total = round(self.sparsity * sum(r.size for r in ranks))
-        threshold = _kth(np.concatenate(ranks), total) if total else -math.inf
-        counts = [int(np.count_nonzero(r < threshold)) for r in ranks]
-        left = total - sum(counts)
-        for i, r in enumerate(ranks):  # equal scores go in the order of the layers
-            take = min(left, int(np.count_nonzero(r == threshold)))
-            counts[i] += take
-            left -= take
-        return counts
-
-
-Allocator = EqualShare | GlobalShare
+    weight: torch.Tensor
+    kept: torch.Tensor
+    bias: torch.Tensor | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Element:
-    """Single entries."""
+class Apply:
+    """How the selection becomes a weight. Subclasses define `__call__(problem, parts) -> Solution`."""
 
-    def keep(self, layer: Layer, scores: torch.Tensor, zeros: int) -> torch.Tensor:
-        """The bool mask, shaped like the weight, that drops the `zeros` lowest scores; ties drop the lower index."""
-        ranks = _ranks(scores, layer.weight)
-        drop = np.zeros(ranks.size, bool)
-        if zeros:
-            threshold = _kth(ranks.copy(), zeros)
-            np.less(ranks, threshold, out=drop)
-            equal = np.flatnonzero(ranks == threshold)
-            drop[equal[: zeros - np.count_nonzero(drop)]] = True
-        return torch.from_numpy(~drop).reshape(layer.weight.shape).to(layer.weight.device)
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ()
+
+    def __call__(self, problem: Problem, parts: Sparsifier) -> Solution:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class GroupsOf:
-    """The best n entries of each aligned group of m inputs; of convolutions along channels at a fixed offset."""
+class Hard(Apply):
+    """Zeros where nothing is kept, the rest as it was (times the selector's scale when it has one)."""
 
-    n: int
-    m: int
-
-    def keep(self, layer: Layer, scores: torch.Tensor, zeros: int) -> torch.Tensor:
-        rows = layer.rows(torch.where(layer.weight.detach() == 0, -math.inf, scores.double()))
-        if rows.shape[1] % self.m:
-            raise SpecError(
-                f"layer {layer.site!r} has {rows.shape[1]} inputs, which groups of {self.m} do not divide; "
-                "leave it out with where="
-            )
-        grouped = rows.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf).reshape(-1, self.m)
-        order = grouped.argsort(dim=1, descending=True, stable=True)[:, : self.n]
-        kept = torch.zeros_like(grouped, dtype=torch.bool).scatter_(1, order, True)
-        return layer.from_rows(kept.reshape(rows.shape))
+    def __call__(self, problem: Problem, parts: Sparsifier) -> Solution:
+        selection = parts.select(problem)
+        weight = problem.layer.weight.detach()
+        if selection.scale is not None:
+            weight = weight * selection.scale.to(weight.dtype)
+        return Solution(weight.masked_fill(~selection.kept, 0), selection.kept)
 
 
-Granularity = Element | GroupsOf
+Target = float | Format | Allocator
+"""First argument of a sparsifier: a share of zeros, a pattern such as `NM(2, 4)`, or an allocator like `ERK(0.9)`."""
 
 
-@dataclass(frozen=True)
 class Sparsifier:
-    """Score x granularity x allocator. `masks` says what to keep; nothing is changed."""
+    """Score x granularity x selector x allocator x apply, as properties; `solve` is the job of one layer.
 
-    needs_data = False
+    A method is a frozen dataclass that overrides some of them; one that works on the calibrated weight directly
+    overrides `solve`. Nothing here changes a model: `sparsify` does.
+    """
 
     @property
     def score(self) -> Score:
@@ -128,52 +110,78 @@ class Sparsifier:
         return Element()
 
     @property
+    def selector(self) -> Selector:
+        return TopK()
+
+    @property
     def allocator(self) -> Allocator:
         raise SpecError(f"{type(self).__name__} defines no allocator")
 
+    @property
+    def apply(self) -> Apply:
+        return Hard()
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The statistics that calibration must collect; empty for methods without data."""
+        own = (*self.score.needs, *self.apply.needs)
+        if self.allocator.needs_scores:
+            own += getattr(self.allocator, "needs", ())
+        return tuple(dict.fromkeys(own))
+
+    @property
+    def needs_data(self) -> bool:
+        return bool(self.needs)
+
+    def select(self, problem: Problem) -> Selection:
+        """What stays of one layer."""
+        scores = self.score(problem.layer, problem.stats)
+        return self.selector.select(problem.layer, scores, self.granularity, problem.zeros)
+
+    def solve(self, problem: Problem) -> Solution:
+        """The pruned layer."""
+        return self.apply(problem, self)
+
+    def zeros(self, layers: Sequence[Layer], stats: dict[str, Stats | None] | None = None) -> list[int]:
+        """How many zeros each layer gets."""
+        known = stats or {}
+        score: Callable[[Layer], torch.Tensor] = lambda layer: self.score(layer, known.get(layer.site))  # noqa: E731
+        return self.allocator.zeros(layers, score, known)
+
     def masks(self, layers: Sequence[Layer], data: Any = None) -> list[torch.Tensor]:
-        """One bool mask per layer, shaped like its weight, true where the entry stays. `data` is for calibration."""
-        zeros = self.allocator.zeros(layers, self.score)
-        return [self.granularity.keep(x, self.score(x), n) for x, n in zip(layers, zeros)]
+        """One bool mask per layer, shaped like its weight, true where the entry stays. `data` maps sites to `Stats`."""
+        stats = data or {}
+        zeros = self.zeros(layers, stats)
+        return [self.solve(Problem(x, stats.get(x.site), n)).kept for x, n in zip(layers, zeros)]
+
+    def __repr__(self) -> str:
+        """The first field and what differs from its default."""
+        parts = []
+        for i, f in enumerate(fields(self)):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            default = f.default if f.default_factory is MISSING else f.default_factory()
+            if i == 0:
+                parts.append(repr(value))
+            elif value != default:
+                parts.append(f"{f.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(parts)})"
 
 
-def check_sparsity(owner: str, sparsity: object) -> float:
-    """The sparsity as a float. Raises SpecError unless it is a number in [0, 1)."""
-    number = isinstance(sparsity, (int, float)) and not isinstance(sparsity, bool)
-    if not number or not 0 <= float(sparsity) < 1:  # type: ignore[arg-type]
-        hint = f"; did you mean {float(sparsity) / 100:g}?" if number and 1 < float(sparsity) < 100 else ""  # type: ignore[arg-type]
-        raise SpecError(
-            f"{owner}: sparsity={sparsity!r} is not a share of zeros in [0, 1) or a pattern such as NM(2, 4){hint}"
-        )
-    return float(sparsity)  # type: ignore[arg-type]
+def target_allocator(owner: str, target: Target) -> Allocator:
+    """What the first argument says about the zeros of each layer. Raises SpecError when it says nothing."""
+    if isinstance(target, Allocator):
+        return target
+    if isinstance(target, Format):
+        groups(owner, target)
+        return EqualShare(0.0)
+    return EqualShare(check_sparsity(owner, target))
 
 
-def groups(owner: str, pattern: Format) -> GroupsOf:
-    """The granularity of a pattern. Raises SpecError for a format that is none."""
-    fields = pattern.fields()
-    if pattern.name != "nm":
-        raise SpecError(f"{owner}: {pattern.text()} is no pattern to prune to; valid: a sparsity, or NM(n, m)")
-    return GroupsOf(fields["n"], fields["m"])
-
-
-def _ranks(scores: torch.Tensor, weight: torch.Tensor) -> np.ndarray:
-    """Flat scores to be dropped from the lowest on: zeros first, NaN last.
-
-    In numpy, on one thread: for layers of common size that beats waking torch's pool for every step.
-    """
-    kind = torch.float64 if scores.dtype == torch.float64 else torch.float32
-    ranks: np.ndarray = scores.detach().to("cpu", kind, copy=True).numpy().reshape(-1)
-    ranks[np.isnan(ranks)] = math.inf
-    ranks[zero_entries(weight)] = -math.inf
-    return ranks
+def target_granularity(owner: str, target: Target, given: Granularity) -> Granularity:
+    """The pattern's granularity when the first argument is one, else `given`."""
+    return groups(owner, target) if isinstance(target, Format) else given
 
 
 def zero_entries(weight: torch.Tensor) -> np.ndarray:
     """Flat bool: which entries are zero already."""
     return ~nonzero(weight.detach()).reshape(-1)
-
-
-def _kth(ranks: np.ndarray, k: int) -> float:
-    """The k-th lowest value, k >= 1. Reorders `ranks`."""
-    ranks.partition(k - 1)
-    return float(ranks[k - 1])

@@ -1,0 +1,53 @@
+"""Rounding grids for joint pruning and quantisation. The result stays a floating weight that lies on the grid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from sparsec.errors import SpecError
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Integers of `bits` bits with a scale and zero point per output row and `group` inputs (None: the whole row).
+
+    `outliers` is SpQR's threshold tau (Dettmers et al., 2023): entries whose squared sweep error exceeds tau times
+    mean(var(W) / U_jj^2) are not rounded. The grid is fitted to the weights before the sweep.
+    """
+
+    bits: int = 4
+    group: int | None = None
+    outliers: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8 or (self.group is not None and self.group < 1):
+            raise SpecError(f"Grid(bits={self.bits!r}, group={self.group!r}): 2 to 8 bits, a positive group")
+
+    def fit(
+        self, weight: torch.Tensor, upper: torch.Tensor | None = None
+    ) -> tuple[Callable[[torch.Tensor, int], torch.Tensor], float | None]:
+        """(rounding of a column, outlier threshold) for a weight [outputs, columns]; the threshold needs `upper`."""
+        size = self.group or weight.shape[1]
+        parts = weight.split(size, dim=1)
+        low = torch.stack([p.amin(1).clamp(max=0) for p in parts], 1)
+        high = torch.stack([p.amax(1).clamp(min=0) for p in parts], 1)
+        scale = ((high - low) / (2**self.bits - 1)).clamp(min=torch.finfo(weight.dtype).tiny)
+        zero = (-low / scale).round()
+
+        def rounded(column: torch.Tensor, j: int) -> torch.Tensor:
+            s, z = scale[:, j // size], zero[:, j // size]
+            value: torch.Tensor = s * ((column / s).round().add(z).clamp(0, 2**self.bits - 1) - z)
+            return value
+
+        if self.outliers is None or upper is None:
+            return rounded, None
+        spread = (weight.var() / upper.diagonal().square()).mean()
+        return rounded, float(self.outliers * spread)
+
+    def nearest(self, weight: torch.Tensor) -> torch.Tensor:
+        """Round to nearest, without any compensation."""
+        rounded, _ = self.fit(weight)
+        return torch.stack([rounded(weight[:, j], j) for j in range(weight.shape[1])], 1)
