@@ -29,7 +29,18 @@ from sparsec.save_call import decode_call, encode_call
 from sparsec.save_graph import decode_constant, decode_graph, encode_constant, encode_graph
 from sparsec.save_kernels import bind, decode_installed, encode_installed, make
 from sparsec.save_report import check_report
-from sparsec.save_values import decode_tree, device, encode_tree, identifier, integer, sequence, table, text
+from sparsec.save_values import (
+    decode,
+    decode_tree,
+    device,
+    encode,
+    encode_tree,
+    identifier,
+    integer,
+    sequence,
+    table,
+    text,
+)
 
 
 def save(cm: nn.Module, path: str | Path, *, libraries: bool = False) -> Path:
@@ -129,6 +140,10 @@ class _Store:
         self.about[name] = {"order": None if natural else order, "device": str(value.device)}
         return name
 
+    def entry(self, name: str, value: Any) -> Any:
+        """A state-dict entry, which may be a plain value instead of a tensor."""
+        return self.put(name, value) if isinstance(value, torch.Tensor) else {"value": encode(value)}
+
     def literal(self, tensor: torch.Tensor) -> str:
         return self.put(f"literal.{len(self.tensors)}", tensor)
 
@@ -151,7 +166,7 @@ def _document(gm: CompiledModule, result: Any, store: _Store) -> dict[str, Any]:
         "constants": {name: encode_constant(c, store.literal) for name, c in constants(gm).items()},
         "ties": dict(ties(gm)),
         "installed": [encode_installed(record, store.literal) for record in records.installed],
-        "originals": {k: store.put(f"original.{i}", v) for i, (k, v) in enumerate(records.originals.items())},
+        "originals": {k: store.entry(f"original.{i}", v) for i, (k, v) in enumerate(records.originals.items())},
         "keys": list(result.keys),
         "tensors": store.about,
     }
@@ -231,7 +246,11 @@ def _module(
     known["constants"] = _table_of(document["constants"], lambda d: decode_constant(d, literal))
     known["ties"] = _table_of(document["ties"], lambda d: text(d, "tie", 10_000))
     original = _fetcher(tensors, "original.")
-    known["ledger"] = Ledger(installed, _table_of(document["originals"], original))
+
+    def entry(data: Any) -> Any:
+        return decode(data["value"], original) if isinstance(data, dict) and list(data) == ["value"] else original(data)
+
+    known["ledger"] = Ledger(installed, _table_of(document["originals"], entry))
     return CompiledModule.wrap(gm, call)
 
 
