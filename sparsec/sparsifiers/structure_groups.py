@@ -137,7 +137,8 @@ class Group:
         return torch.cat(rows, 1)
 
     def __str__(self) -> str:
-        state = f"fixed: {self.fixed}" if self.fixed else f"blocked: {self.blocked}" if self.blocked else "prunable"
+        state = f"fixed: {self.fixed}" if self.fixed else f"blocked: {self.blocked}" if self.blocked else ""
+        state = state or ("prunable" if self.prunable else "a single unit, which must stay")
         taken = f", {len(self.chosen)} chosen" if self.chosen else ""
         parts = ", ".join(f"{s.parameter}[dim {s.dim}]" for s in self.slices)
         return f"{self.name}: {self.size} {self.kind}{taken}; {parts}; {state}"
@@ -234,7 +235,7 @@ def _assemble(trace: Trace, units: np.ndarray[Any, Any], origin: Origin) -> list
         if all(relations.axes[n].first in relations.windows for n in where[members[0]]):
             continue
         slices = _slices([where[u] for u in members], relations.axes)
-        stem = _stem(slices)
+        stem = _stem([relations.axes[n] for n in where[members[0]]], relations)
         taken[stem] = taken.get(stem, 0) + 1
         name = stem if taken[stem] == 1 else f"{stem}#{taken[stem]}"
         kind = "heads" if members[0] in heads else "channels"
@@ -271,6 +272,8 @@ def _slices(members: Sequence[dict[int, list[int]]], axes: Sequence[Axis]) -> tu
     )
 
 
-def _stem(slices: Sequence[Slice]) -> str:
-    """The module of the first parameter; it makes the units, because parameters come in the order of modules."""
-    return slices[0].parameter.rpartition(".")[0] or slices[0].parameter
+def _stem(axes: Sequence[Axis], relations: Relations) -> str:
+    """The first module that makes the units, else the first that owns any of them."""
+    makers = [a for a in axes if a.first in relations.produced]
+    name = (makers or list(axes))[0].parameter
+    return name.rpartition(".")[0] or name

@@ -75,6 +75,7 @@ class Relations:
         self.count = 1
         self.blocks: list[Block] = []
         self.windows: dict[int, None] = {}  # first atoms of axes that are positions in a convolution's window
+        self.produced: dict[int, None] = {}  # first atoms of axes that are the outputs of a layer
         self._pairs: list[np.ndarray[Any, Any]] = []
         self.node: fx.Node | None = None
 
@@ -111,6 +112,11 @@ class Relations:
             self.unify(first, labels)
             labels = first
         return compress(labels)
+
+    def carrier(self, labels: torch.Tensor) -> torch.Tensor:
+        """Make the labels vary along the outermost dimension only."""
+        dims = varying(labels)
+        return self.collapse(labels, dims[1:]) if len(dims) > 1 else labels
 
     def block(self, labels: torch.Tensor | None, level: str, reason: str) -> None:
         """Forbid pruning (or moving) these atoms, because of the current node."""

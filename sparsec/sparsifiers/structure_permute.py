@@ -130,11 +130,10 @@ def _order(group: Group, matrices: _Matrices, score: Score) -> tuple[int, ...] |
     start = _scores(layers, list(range(group.size)), score)
     best: tuple[float, list[int]] | None = None
     for gram in (_gram(layers, _magnitudes), _gram(layers, _patterns)):
-        for order in (_clustered(gram, 4), list(np.argsort(-np.diag(gram), kind="stable"))):
-            order = _swapped(gram, [int(u) for u in order], 4)
-            gain = _gain(_scores(layers, order, score), start)
-            if gain > 0 and (best is None or gain > best[0]):
-                best = gain, order
+        order = _swapped(gram, _clustered(gram, 4), 4)
+        gain = _gain(_scores(layers, order, score), start)
+        if gain > 0 and (best is None or gain > best[0]):
+            best = gain, order
     if best is None:
         best = _searched(layers, group.size, score, start)
     return None if best is None else tuple(best[1])
@@ -201,10 +200,10 @@ def _clustered(gram: np.ndarray[Any, Any], block: int) -> list[int]:
     return order
 
 
-def _swapped(gram: np.ndarray[Any, Any], order: list[int], block: int, rounds: int = 50) -> list[int]:
+def _swapped(gram: np.ndarray[Any, Any], order: list[int], block: int, rounds: int = 20) -> list[int]:
     """Swap the pairs of units that gain most, while some gain: gains from one product, exact for disjoint blocks."""
     count = len(order)
-    if count > 2048:  # the table of all pairs would cost more than the greedy blocks leave to gain
+    if count > 1024:  # the table of all pairs would cost more than the greedy blocks leave to gain
         return order
     places = np.arange(count) // block
     member = (places[:, None] == np.arange(places[-1] + 1)).astype(float)

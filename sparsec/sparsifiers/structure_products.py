@@ -19,7 +19,7 @@ def _contract(t: Trace, value: Value, inputs: torch.Tensor | None, outputs: torc
     labels = value.labels
     if labels is None:
         t.relations.block(inputs, MOVE, "reads a dimension that is fixed")
-        return _produced(outputs, -1, shape)
+        return _produced(t, outputs, -1, shape)
     last = labels.dim() - 1
     dims = varying(labels)
     if set(dims) - {last}:  # the same weight for every unit of an outer dimension
@@ -31,11 +31,14 @@ def _contract(t: Trace, value: Value, inputs: torch.Tensor | None, outputs: torc
         t.relations.block(labels, MOVE, "feeds a single input")
     else:
         t.relations.unify(along(labels, last), inputs)
-    return _produced(outputs, -1, shape)
+    return _produced(t, outputs, -1, shape)
 
 
-def _produced(outputs: torch.Tensor | None, dim: int, shape: Any) -> Value:
-    return FIXED if outputs is None else Value(spread(outputs, dim, shape), zero=True)
+def _produced(t: Trace, outputs: torch.Tensor | None, dim: int, shape: Any) -> Value:
+    if outputs is None:
+        return FIXED
+    t.relations.produced[int(outputs[0])] = None
+    return Value(spread(outputs, dim, shape), zero=True)
 
 
 def _biased(t: Trace, node: fx.Node, product: Value, bias: Any) -> Value:
@@ -87,7 +90,7 @@ def embedding(t: Trace, node: fx.Node, args: dict[str, Any]) -> Result:
     if not isinstance(weight, Weight) or t.labels(args["indices"]) is not None:
         return t.refuse(node, "an embedding whose weight or indices are computed is not understood")
     t.relations.block(weight.atoms[0], MOVE, "rows of an embedding are named by the inputs")
-    return _produced(weight.atoms[1], -1, shape_of(node))
+    return _produced(t, weight.atoms[1], -1, shape_of(node))
 
 
 # Convolutions
@@ -104,9 +107,10 @@ def conv(t: Trace, node: fx.Node, args: dict[str, Any]) -> Result:
             t.relations.windows[int(atoms[0])] = None
             t.relations.block(atoms, MOVE, "is a position of a convolution's window")
     dim = len(shape) - (len(weight.shape) - 1)
-    if value.labels is not None and varying(value.labels) not in ([], [dim]):
-        return t.refuse(node, "a convolution over units that are not its channels")
-    labels = None if value.labels is None else along(value.labels, dim)
+    whole = None if value.labels is None else t.relations.carrier(value.labels)
+    if whole is not None and varying(whole) not in ([], [dim]):
+        return t.refuse(node, "is a convolution over units that are not its channels")
+    labels = None if whole is None else along(whole, dim)
     transposed = "transpose" in opname(node)
     outputs, inputs = (weight.atoms[1], weight.atoms[0]) if transposed else (weight.atoms[0], weight.atoms[1])
     if transposed and groups != 1:
@@ -117,7 +121,7 @@ def conv(t: Trace, node: fx.Node, args: dict[str, Any]) -> Result:
         _depthwise(t, labels, outputs, groups)
     else:
         _grouped(t, labels, inputs, outputs, groups)
-    return _biased_channels(t, args["bias"], _produced(outputs, dim, shape), dim)
+    return _biased_channels(t, args["bias"], _produced(t, outputs, dim, shape), dim)
 
 
 def _meet_inputs(t: Trace, labels: torch.Tensor | None, inputs: torch.Tensor | None) -> None:

@@ -170,6 +170,8 @@ def stack(t: Trace, node: fx.Node, args: dict[str, Any]) -> Result:
 
 def _concatenate(t: Trace, node: fx.Node, values: list[Result], shapes: list[tuple[int, ...]], dim: int) -> Result:
     """Along `dim` labels follow one another; in every other dimension the parts must keep the same indices."""
+    filled = [i for i, shape in enumerate(shapes) if 0 not in shape]
+    values, shapes = [values[i] for i in filled], [shapes[i] for i in filled]
     parts = [t.carried(v) for v in values]
     whole = [v.labels if v.labels is not None else torch.zeros(s, dtype=torch.long) for v, s in zip(parts, shapes)]
     for i, labels in enumerate(whole):
@@ -256,6 +258,7 @@ def spatial(t: Trace, node: fx.Node, args: dict[str, Any]) -> Result:
     if labels is None:
         return FIXED
     count = next(int(c) for c in opname(node).replace("_with_indices", "")[::-1] if c in "123")
+    labels = t.relations.carrier(labels)
     last = range(labels.dim() - count, labels.dim())
     if set(last) & set(varying(labels)):
         return t.refuse(node, "is pooled along a prunable dimension")
@@ -288,7 +291,8 @@ def reduce(t: Trace, node: fx.Node, args: dict[str, Any]) -> Result:
     if inside and (outside or (opname(node) in POSITIONS)):
         return t.refuse(node, "is reduced over a prunable dimension whose positions matter")
     if inside:
-        if not (opname(node) in SUMS and value.zero):
+        power = args.get("ord", args.get("p", 1))  # of a norm; None is 2
+        if not (opname(node) in SUMS and value.zero and (power is None or power > 0)):
             t.inexact(labels, f"{opname(node)} counts the units of this dimension")
         return [FIXED, FIXED] if several else FIXED
     for dim in dims:
@@ -353,13 +357,14 @@ def group_norm(t: Trace, node: fx.Node, args: dict[str, Any]) -> Result:
     source, groups = args["input"], args["num_groups"]
     value = t.carried(t.get(source))
     if value.labels is not None:
-        channels = value.labels.shape[1]
-        if varying(value.labels) not in ([], [1]):
-            return t.refuse(node, "group norm of a tensor whose units are not channels")
+        labels = t.relations.carrier(value.labels)
+        channels = labels.shape[1]
+        if varying(labels) not in ([], [1]):
+            return t.refuse(node, "is a group norm over units that are not its channels")
         if groups == 1:
-            t.inexact(value.labels, "group norm with one group normalises over all channels")
+            t.inexact(labels, "group norm with one group normalises over all channels")
         elif groups < channels:  # a whole norm group can go: each is normalised for itself
-            rows = along(value.labels, 1).view(groups, -1)
+            rows = along(labels, 1).view(groups, -1)
             t.relations.unify(rows[:, :1], rows)
     return channelwise(t, node, source, [args.get("weight"), args.get("bias")], isinstance(args.get("weight"), fx.Node))
 
@@ -385,6 +390,7 @@ def _names(rule: Rule, *names: str) -> dict[str, Rule]:
 
 RULES: dict[str, Rule] = {
     "pointwise": pointwise,
+    **_names(pointwise, "where", "masked_fill", "lerp", "addcmul", "addcdiv"),
     **_names(same, *SAME),
     **_names(glu, "glu"),
     **_names(reshape, "view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"),

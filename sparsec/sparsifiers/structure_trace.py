@@ -56,7 +56,9 @@ class Trace:
     def _constant(self, node: fx.Node) -> Result:
         tensor = get_constant(self.gm, str(node.target))
         known = constants(self.gm).get(str(node.target))
-        if not isinstance(tensor, torch.Tensor) or known is None or not known.sources or known.recipe is not None:
+        if known is None or not known.sources or known.recipe is not None:
+            return FIXED
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             return FIXED
         return self.relations.weight(known.sources[0], known.sources[1:], tensor.shape)
 
@@ -201,7 +203,9 @@ def _broadcast(own: Sequence[int], rank: int) -> frozenset[int]:
 
 
 def value_of(labels: torch.Tensor, zero: bool = False) -> Value:
-    """A value with compressed labels; FIXED when none is left."""
+    """A value with compressed labels; FIXED when none is left, repeating itself everywhere when it has no elements."""
+    if not labels.numel():
+        return Value(wild=frozenset(range(labels.dim())))
     return Value(compress(labels), zero=zero) if bool(labels.any()) else FIXED
 
 
