@@ -26,7 +26,7 @@ def merge(problem: Problem, fmt: Format, target: Target, isa: str) -> tuple[tupl
 
 def gemv(problem: Problem, fmt: Format, target: Target, isa: str) -> tuple[tuple[Plan, Tile], ...]:
     """A warp per row, for few rows of x."""
-    return ((((0, "gemv", 8),), ()),)
+    return ((((0, "gemv", 8),), (("share", 64),)),)
 
 
 def tensor(problem: Problem, fmt: Format, target: Target, isa: str) -> tuple[tuple[Plan, Tile], ...]:
@@ -47,6 +47,17 @@ def whole_blocks(problem: Problem, fmt: Format, target: Target) -> str | None:
     if problem.in_features % fmt.fields()["c"]:
         return f"{problem.in_features} inputs are not whole blocks of {fmt.fields()['c']}"
     return None
+
+
+def whole_groups(problem: Problem, fmt: Format, target: Target) -> str | None:
+    """Quantised weights: no group reaches over the last input."""
+    return f"{problem.in_features} inputs are not whole groups of 16" if problem.in_features % 16 else None
+
+
+def narrow_blocks(problem: Problem, fmt: Format, target: Target) -> str | None:
+    """The input gradient keeps the sums of a block of columns in shared memory."""
+    block = fmt.fields()["block"]
+    return None if block <= 128 else f"{fmt.text()} has blocks of {block} columns; pack it with CSR(block=128)"
 
 
 def csr_formats(problem: Problem, target: Target) -> tuple[Format, ...]:
@@ -80,14 +91,32 @@ VARIANTS: tuple[Variant, ...] = (
         choose=tensor, candidates=tiled_csl_formats,
     ),
     Variant(
-        "linear_bsr_mma", "linear", "bsr", "linear_bsr.cu.jinja", "cuda", TENSOR, _ARCH, choose=tensor, needs=whole_tiles,
+        "linear_bsr_mma", "linear", "bsr", "linear_bsr.cu.jinja", "cuda", TENSOR, _ARCH,
+        choose=tensor, needs=whole_tiles,
     ),
-    Variant("linear_bsr_rows", "linear", "bsr", "linear_bsr_rows.cu.jinja", "cuda", ALL, _ARCH, choose=rows, needs=whole_blocks),
-    Variant("linear_two_four_mma", "linear", "two_four", "linear_two_four.cu.jinja", "cuda", TENSOR, _ARCH, choose=tensor),
+    Variant(
+        "linear_bsr_rows", "linear", "bsr", "linear_bsr_rows.cu.jinja", "cuda", ALL, _ARCH,
+        choose=rows, needs=whole_blocks,
+    ),
+    Variant(
+        "linear_two_four_mma", "linear", "two_four", "linear_two_four.cu.jinja", "cuda", TENSOR, _ARCH,
+        choose=tensor,
+    ),
     Variant("linear_fan_in_cuda", "linear", "fan_in", "linear_fan_in.cu.jinja", "cuda", ALL, _ARCH, choose=rows),
     Variant(
         "linear_bitmask_cuda", "linear", "bitmask", "linear_bitmask.cu.jinja", "cuda", ALL, _ARCH,
         choose=gemv, candidates=bitmask_formats,
     ),
+    Variant(
+        "linear_group_int4_cuda", "linear", "group_int4", "linear_group_int4.cu.jinja", "cuda", ALL, _ARCH,
+        choose=gemv, needs=whole_groups,
+    ),
+    Variant(
+        "linear_spqr_cuda", "linear", "spqr", "linear_spqr.cu.jinja", "cuda", ALL, _ARCH,
+        choose=gemv, needs=whole_groups,
+    ),
+    # gradients: out_features and in_features are those of the op's y and x
+    Variant("linear_dx_csr", "linear_dx", "csr", "linear_dx_csr.cu.jinja", "cuda", ALL, _ARCH, (), needs=narrow_blocks),
+    Variant("linear_dw_csr", "linear_dw", "csr", "linear_dw_csr.cu.jinja", "cuda", ALL, _ARCH, ()),
 )  # fmt: skip
 """In the order in which `tune="off"` tries them."""

@@ -13,7 +13,7 @@ from cuda_emulation import Emulated
 from sparsec import verify
 from sparsec.codegen import catalog
 from sparsec.codegen.kernel import DTYPES, KernelSpec, Problem, Step
-from sparsec.formats import BSR, CSR, Bitmask, FanIn, Format, TiledCSL, TwoFour
+from sparsec.formats import BSR, CSR, Bitmask, FanIn, Format, GroupInt4, SpQR, TiledCSL, TwoFour
 from sparsec.target import Target
 
 FORMATS: dict[str, Format] = {
@@ -22,6 +22,8 @@ FORMATS: dict[str, Format] = {
     "linear_tiled_csl_mma": TiledCSL(128),
     "linear_two_four_mma": TwoFour(),
     "linear_bitmask_cuda": Bitmask(32),
+    "linear_group_int4_cuda": GroupInt4(),
+    "linear_spqr_cuda": SpQR(20),
     "linear_fan_in_cuda": FanIn(9),
     "linear_bsr_mma": BSR(16, 16),
     "linear_bsr_rows": BSR(4, 2),
@@ -31,6 +33,8 @@ SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
     "linear_csr_cuda": ((70, 51), (33, 160)),
     "linear_csr_merge": ((70, 51), (33, 160)),
     "linear_two_four_mma": ((70, 51), (136, 600)),
+    "linear_group_int4_cuda": ((70, 48), (33, 1040)),
+    "linear_spqr_cuda": ((70, 48), (33, 1040)),
     "linear_bitmask_cuda": ((70, 51), (33, 1100)),
     "linear_tiled_csl_mma": ((70, 51), (136, 600)),
     "linear_fan_in_cuda": ((70, 51), (33, 160)),
@@ -95,6 +99,21 @@ def spec_of(case: Case, target: Target | None = None) -> KernelSpec:
     """The first kernel that the variant offers for a case."""
     variant = catalog.variant(case.name)
     return variant.specs(case.problem(), case.format, target or Target.parse("cuda:sm_90"))[0]
+
+
+def gradient_spec(op: str, fmt: Format, dtype: str, rows: int, cols: int) -> KernelSpec:
+    """The kernel of a gradient of a (rows, cols) weight: sizes are those of the op's y and x."""
+    out, inp = (cols, rows) if op == "linear_dx" else (rows, cols)
+    variant = catalog.variants_for(op, "csr")[0]
+    return variant.specs(Problem(op, out, inp, dtype, rows * cols // 4), fmt, Target.parse("cuda:sm_90"))[0]
+
+
+def first_spec(name: str) -> KernelSpec:
+    """One kernel of any variant."""
+    variant = catalog.variant(name)
+    if variant.op == "linear":
+        return spec_of(cases(name)[0])
+    return gradient_spec(variant.op, CSR(block=64).resolve(37, 150), variant.dtypes[0], 37, 150)
 
 
 def cases(name: str, thorough: bool = False) -> list[Case]:

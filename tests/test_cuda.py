@@ -12,18 +12,32 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_emulation import Emulated, available, build, compile_text
-from cuda_problems import FORMATS, SHAPES, STEPS, Case, battery, cases, guarded, spec_of, weight_of
+from cuda_problems import (
+    FORMATS,
+    SHAPES,
+    STEPS,
+    Case,
+    battery,
+    cases,
+    first_spec,
+    gradient_spec,
+    guarded,
+    spec_of,
+    weight_of,
+)
 
 from sparsec import verify
 from sparsec.codegen import build as builder
 from sparsec.codegen import catalog, cuda, cuda_variants, render, toolchain
 from sparsec.codegen.kernel import DTYPES, KernelSpec
 from sparsec.errors import DeviceError, LoadError, SpecError, ToolchainError
+from sparsec.formats import CSR
 from sparsec.target import ARCHITECTURES, Target
 
 TARGET = Target.parse("cuda:sm_90")
 VARIANTS = cuda_variants.VARIANTS
-NAMES = [v.name for v in VARIANTS]
+NAMES = [v.name for v in VARIANTS if v.op == "linear"]
+EVERY = [v.name for v in VARIANTS]
 emulates = pytest.mark.skipif(available() is not None, reason=str(available()))
 
 
@@ -95,6 +109,34 @@ def test_pruned_entries_never_meet_infinite_inputs(name: str, folder: Path) -> N
 
 
 @emulates
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_gradients(dtype: str, folder: Path) -> None:
+    """dX = dY W and the sampled dW against float64, from one packed CSR; gradcheck's identity, without torch's autograd."""
+    rows, cols, kind = 37, 150, DTYPES[dtype]
+    fmt = CSR(block=64).resolve(rows, cols)
+    specs = {op: gradient_spec(op, fmt, dtype, rows, cols) for op in ("linear_dx", "linear_dw")}
+    emulated = build(list(specs.values()), folder)
+    weight = (torch.randn(rows, cols) * (torch.rand(rows, cols) < 0.3)).to(kind)
+    weight[3] = 0
+    packed = fmt.pack(weight)
+    mask = weight != 0
+    for batch in (1, 8, 33, 70):
+        x, dy = torch.randn(batch, cols).to(kind), torch.randn(batch, rows).to(kind)
+        dx = guarded(torch.full((batch, cols), float("nan")).to(kind))
+        buffers = [guarded(b) for b in packed.values()]
+        emulated.kernels[specs["linear_dx"].text()](guarded(dy), dx, None, None, *buffers)
+        assert verify.check(dx, dy, weight.t().contiguous(), None).ok
+        dw = guarded(torch.full_like(packed["values"], float("nan")))
+        emulated.kernels[specs["linear_dw"].text()](guarded(x), guarded(dy), None, None, dw, *buffers[1:])
+        want, size = (dy.double().t() @ x.double())[mask], (dy.double().abs().t() @ x.double().abs())[mask]
+        bound = (8 + 2 * batch**0.5) * torch.finfo(torch.float32).eps * size + 2 * torch.finfo(kind).eps * want.abs()
+        assert ((dw.double() - want).abs() <= bound).all()
+    empty = torch.ones_like(packed["values"])
+    emulated.kernels[specs["linear_dw"].text()](x[:0], dy[:0], None, None, empty, *buffers[1:])
+    assert not empty.any(), "the gradient of an empty batch is zero"
+
+
+@emulates
 def test_the_emulator_fails_what_hardware_leaves_undefined(folder: Path) -> None:
     """A kernel whose barrier is under a condition, and one that reads a tile before it was waited for."""
     case = cases("linear_tiled_csl_mma")[-1]
@@ -145,11 +187,10 @@ def test_the_entry_refuses_what_it_was_not_compiled_for(folder: Path) -> None:
 # -- text and compilation ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY)
 def test_sources(name: str, request: pytest.FixtureRequest) -> None:
     """The text of every variant, in `golden/cuda`: `pytest --update-golden` writes it."""
-    case = cases(name)[0]
-    text = render.render(spec_of(case)).text
+    text = render.render(first_spec(name)).text
     place = Path(__file__).parent / "golden" / "cuda" / f"{name}.cu"
     if request.config.getoption("--update-golden"):
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +224,7 @@ def _compile_all(specs: list[KernelSpec], folder: Path) -> str:
 @pytest.mark.slow
 def test_every_variant_compiles_for_both_architectures(tmp_path: Path) -> None:
     """One unit holds one kernel of every variant; no kernel keeps an array in local memory."""
-    text = _compile_all([spec_of(cases(name)[0]) for name in NAMES], tmp_path)
+    text = _compile_all([first_spec(name) for name in EVERY], tmp_path)
     assert text.count("for 'sm_80'") == text.count("for 'sm_90'") >= len(NAMES)
     frames = [int(line.split()[0]) for line in text.splitlines() if "bytes stack frame" in line]
     assert len(frames) >= 2 * len(NAMES) and max(frames) <= 16
@@ -277,7 +318,7 @@ def test_targets_keep_to_their_own_kernels() -> None:
     here = Target.probe()
     variant = catalog.variant("linear_csr_cuda")
     assert "needs sm_120 or" in str(variant.refuse(problem, fmt, here))
-    assert [v.language for v in catalog.variants_for("linear", "csr", TARGET)] == ["cuda"]
+    assert {v.language for v in catalog.variants_for("linear", "csr", TARGET)} == {"cuda"}
     assert {v.language for v in catalog.variants_for("linear", "csr", here)} == {"c"}
     assert variant.refuse(problem, fmt, Target.parse("cuda:sm_75")) is not None, "mma and cp.async begin with sm_80"
     assert variant.specs(problem, fmt, Target.parse("cuda:sm_87"))[0].isa == "sm_87"
@@ -303,7 +344,6 @@ def test_refusals_have_reasons(name: str) -> None:
 
 def test_packing_out_of_memory_installs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     import sparsec
-    from sparsec.formats import CSR
 
     model = torch.nn.Linear(32, 16)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -320,7 +360,6 @@ def test_packing_out_of_memory_installs_nothing(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_model_on_the_cpu_stays_dense_for_a_cuda_target() -> None:
     import sparsec
-    from sparsec.formats import CSR
 
     compiled = sparsec.compile(torch.nn.Linear(32, 16).eval(), CSR(), target="cuda:sm_90", tune="off")
     (row,) = sparsec.report(compiled).rows

@@ -19,7 +19,10 @@ from sparsec.formats.spqr import SpQR
 from sparsec.formats.tiled_csl import TiledCSL
 from sparsec.formats.two_four import TwoFour
 
-FORMATS: dict[str, type[Format]] = {cls.name: cls for cls in (Dense, CSR, CSRGroups, Bitmask, BSR, NM, FanIn, TiledCSL, TwoFour, GroupInt4, SpQR)}
+_BUILT_IN = (
+    Dense, CSR, CSRGroups, Bitmask, BSR, NM, FanIn, TiledCSL, TwoFour, GroupInt4, SpQR,
+)  # fmt: skip
+FORMATS: dict[str, type[Format]] = {cls.name: cls for cls in _BUILT_IN}
 """Name in canonical text -> class. A user's formats join through `register_format`."""
 
 _TOKEN = re.compile(r"([a-z][a-z0-9_]*)|(-?(?:0|[1-9][0-9]{0,9}))(?![a-z0-9_])|([(),=])")
@@ -126,12 +129,12 @@ class _Reader:
 __all__ = [
     "BSR",
     "CSR",
-    "CSRGroups",
     "FORMATS",
     "NM",
     "VALUE_DTYPES",
     "Bitmask",
     "Buffers",
+    "CSRGroups",
     "Dense",
     "FanIn",
     "Format",

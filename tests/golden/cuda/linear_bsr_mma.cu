@@ -100,7 +100,7 @@ static __device__ __forceinline__ void emit(const args_t &a, int64_t b, int32_t 
   a.y[b * OUT + r] = float_elem(s);
 }
 
-static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_half(d, a, b); }
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_half(d, a, b); }
 
 /* Where chunk `chunk` of 8 entries of a row lies in a tile WIDTH entries wide. Chunks change places from row to row so
    that the eight rows which ldmatrix reads at once lie in different banks. */

@@ -34,6 +34,8 @@ static __device__ __forceinline__ float elem_float(elem_t e) { return half_float
 static __device__ __forceinline__ elem_t float_elem(float s) { return float_half(s); }
 enum : int32_t { ELEM_CODE = kDLFloat, ELEM_BITS = 8 * sizeof(elem_t) };
 
+enum : int32_t { BLOCKS = 1 }; /* pointers of a row */
+
 struct args_t {
   const elem_t *x;        /* [batch, IN] */
   elem_t *y;              /* [batch, OUT] */
@@ -65,9 +67,8 @@ struct workspace_t {
 };
 static const char *const NO_MEMORY = "out of device memory for scratch; free some or use a smaller batch";
 
-
-static __device__ __forceinline__ int32_t row_begin(const args_t &a, int32_t r) { return a.pointers[(int64_t)r * 1]; }
-static __device__ __forceinline__ int32_t row_end(const args_t &a, int32_t r) { return a.pointers[(int64_t)(r + 1) * 1]; }
+static __device__ __forceinline__ int32_t row_begin(const args_t &a, int32_t r) { return a.pointers[(int64_t)r * BLOCKS]; }
+static __device__ __forceinline__ int32_t row_end(const args_t &a, int32_t r) { return a.pointers[(int64_t)(r + 1) * BLOCKS]; }
 static __device__ __forceinline__ elem_t value(const args_t &a, int32_t, int32_t p) { return a.values[p]; }
 static __device__ __forceinline__ int32_t column(const args_t &a, int32_t, int32_t p) { return a.indices[p]; }
 
@@ -116,25 +117,25 @@ static void launch_gemv(const args_t &a, cudaStream_t stream) {
 
 enum : int32_t { TILE = 32, EDGE = TILE + 1 }; /* the odd edge keeps columns of a tile in different banks */
 
-/* xt[k][b] = x[b][k]; columns b past the batch are zeros up to `wide`. */
-static __global__ void __launch_bounds__(256) transpose(const args_t a, elem_t *xt, int64_t wide) {
+/* xt[k][b] = x[b][k] of `width` columns k; columns b past the batch are zeros up to `wide`. */
+static __global__ void __launch_bounds__(256) transpose(const elem_t *x, int64_t batch, int32_t width, elem_t *xt, int64_t wide) {
   DYNAMIC_SHARED(shared);
   elem_t *tile = (elem_t *)shared;
   const int32_t i = threadIdx.x % TILE, j = threadIdx.x / TILE;
   const int32_t k0 = blockIdx.x * TILE;
   const int64_t b0 = (int64_t)blockIdx.y * TILE;
   for (int32_t n = j; n < TILE; n += 8) {
-    const bool real = b0 + n < a.batch && k0 + i < IN;
-    tile[n * EDGE + i] = real ? a.x[(b0 + n) * IN + k0 + i] : float_elem(0.0f);
+    const bool real = b0 + n < batch && k0 + i < width;
+    tile[n * EDGE + i] = real ? x[(b0 + n) * width + k0 + i] : float_elem(0.0f);
   }
   __syncthreads();
   for (int32_t n = j; n < TILE; n += 8)
-    if (k0 + n < IN) xt[(int64_t)(k0 + n) * wide + b0 + i] = tile[i * EDGE + n];
+    if (k0 + n < width) xt[(int64_t)(k0 + n) * wide + b0 + i] = tile[i * EDGE + n];
 }
 
-static void launch_transpose(const args_t &a, elem_t *xt, int64_t wide, cudaStream_t stream) {
-  const dim3 grid((IN + TILE - 1) / TILE, (uint32_t)(wide / TILE));
-  LAUNCH(transpose, grid, 256, TILE * EDGE * sizeof(elem_t), stream, a, xt, wide);
+static void launch_transpose(const elem_t *x, int64_t batch, int32_t width, elem_t *xt, int64_t wide, cudaStream_t stream) {
+  const dim3 grid((width + TILE - 1) / TILE, (uint32_t)(wide / TILE));
+  LAUNCH(transpose, grid, 256, TILE * EDGE * sizeof(elem_t), stream, x, batch, width, xt, wide);
 }
 
 enum : int32_t { PANEL_ROWS = 8 }; /* rows of W in a block: neighbours in y, so that stores fill sectors */
@@ -183,7 +184,7 @@ template <int SPAN> static const char *launch_panel(const args_t &a, cudaStream_
   workspace_t scratch;
   elem_t *xt = (elem_t *)scratch.get(a, wide * IN * (int64_t)sizeof(elem_t));
   if (xt == nullptr) return NO_MEMORY;
-  launch_transpose(a, xt, wide, stream);
+  launch_transpose(a.x, a.batch, IN, xt, wide, stream);
   const dim3 grid((OUT + PANEL_ROWS - 1) / PANEL_ROWS, (uint32_t)panels);
   LAUNCH(panel<SPAN>, grid, 32 * PANEL_ROWS, 32 * SPAN * (PANEL_ROWS + 1) * sizeof(float), stream, a, xt, wide);
   const cudaError_t status = cudaGetLastError();
@@ -260,7 +261,7 @@ extern "C" TVM_FFI_DLL_EXPORT int __tvm_ffi_k_4cab72b61524a613(void *, const TVM
   const DLTensor *pointers = tensor_of(args + 6);
   const int64_t pointers_size = elements(pointers, x, kDLInt, 32);
   if (pointers_size < 0) return refuse("ValueError", "pointers must be a contiguous tensor of int32 on the device of x");
-  if (pointers_size != (int64_t)OUT * 1 + 1) return refuse("ValueError", "pointers has the wrong number of elements");
+  if (pointers_size != (int64_t)OUT * BLOCKS + 1) return refuse("ValueError", "pointers has the wrong number of elements");
   a.pointers = data_of<const int32_t>(pointers);
   ret->type_index = kTVMFFINone;
   ret->zero_padding = 0;

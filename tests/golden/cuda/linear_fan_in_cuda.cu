@@ -117,25 +117,25 @@ static void launch_gemv(const args_t &a, cudaStream_t stream) {
 
 enum : int32_t { TILE = 32, EDGE = TILE + 1 }; /* the odd edge keeps columns of a tile in different banks */
 
-/* xt[k][b] = x[b][k]; columns b past the batch are zeros up to `wide`. */
-static __global__ void __launch_bounds__(256) transpose(const args_t a, elem_t *xt, int64_t wide) {
+/* xt[k][b] = x[b][k] of `width` columns k; columns b past the batch are zeros up to `wide`. */
+static __global__ void __launch_bounds__(256) transpose(const elem_t *x, int64_t batch, int32_t width, elem_t *xt, int64_t wide) {
   DYNAMIC_SHARED(shared);
   elem_t *tile = (elem_t *)shared;
   const int32_t i = threadIdx.x % TILE, j = threadIdx.x / TILE;
   const int32_t k0 = blockIdx.x * TILE;
   const int64_t b0 = (int64_t)blockIdx.y * TILE;
   for (int32_t n = j; n < TILE; n += 8) {
-    const bool real = b0 + n < a.batch && k0 + i < IN;
-    tile[n * EDGE + i] = real ? a.x[(b0 + n) * IN + k0 + i] : float_elem(0.0f);
+    const bool real = b0 + n < batch && k0 + i < width;
+    tile[n * EDGE + i] = real ? x[(b0 + n) * width + k0 + i] : float_elem(0.0f);
   }
   __syncthreads();
   for (int32_t n = j; n < TILE; n += 8)
-    if (k0 + n < IN) xt[(int64_t)(k0 + n) * wide + b0 + i] = tile[i * EDGE + n];
+    if (k0 + n < width) xt[(int64_t)(k0 + n) * wide + b0 + i] = tile[i * EDGE + n];
 }
 
-static void launch_transpose(const args_t &a, elem_t *xt, int64_t wide, cudaStream_t stream) {
-  const dim3 grid((IN + TILE - 1) / TILE, (uint32_t)(wide / TILE));
-  LAUNCH(transpose, grid, 256, TILE * EDGE * sizeof(elem_t), stream, a, xt, wide);
+static void launch_transpose(const elem_t *x, int64_t batch, int32_t width, elem_t *xt, int64_t wide, cudaStream_t stream) {
+  const dim3 grid((width + TILE - 1) / TILE, (uint32_t)(wide / TILE));
+  LAUNCH(transpose, grid, 256, TILE * EDGE * sizeof(elem_t), stream, x, batch, width, xt, wide);
 }
 
 enum : int32_t { PANEL_ROWS = 8 }; /* rows of W in a block: neighbours in y, so that stores fill sectors */
@@ -184,7 +184,7 @@ template <int SPAN> static const char *launch_panel(const args_t &a, cudaStream_
   workspace_t scratch;
   elem_t *xt = (elem_t *)scratch.get(a, wide * IN * (int64_t)sizeof(elem_t));
   if (xt == nullptr) return NO_MEMORY;
-  launch_transpose(a, xt, wide, stream);
+  launch_transpose(a.x, a.batch, IN, xt, wide, stream);
   const dim3 grid((OUT + PANEL_ROWS - 1) / PANEL_ROWS, (uint32_t)panels);
   LAUNCH(panel<SPAN>, grid, 32 * PANEL_ROWS, 32 * SPAN * (PANEL_ROWS + 1) * sizeof(float), stream, a, xt, wide);
   const cudaError_t status = cudaGetLastError();
