@@ -7,7 +7,8 @@ while values and indices stream past them, the panel layout of Elsen et al., Fas
 from __future__ import annotations
 
 from sparsec.codegen.kernel import Plan, Problem
-from sparsec.formats import CSR, Bitmask, Format
+from sparsec.formats import CSR, Bitmask, CSRGroups, Format
+from sparsec.formats.csr_groups import MAX_BLOCK
 from sparsec.target import Target
 
 Tile = tuple[tuple[str, int], ...]
@@ -54,6 +55,14 @@ def _block(problem: Problem, target: Target, multiple: int = 1) -> int:
 def csr_formats(problem: Problem, target: Target) -> tuple[Format, ...]:
     """CSR with 16-bit columns where they fit."""
     return (CSR(block=_block(problem, target)).resolve(problem.out_features, problem.in_features),)
+
+
+def csr_groups_formats(problem: Problem, target: Target) -> tuple[Format, ...]:
+    """Groups of four rows while its rows often meet in a column: at 15 % they do in a quarter of those in use."""
+    if problem.density < 0.15:
+        return ()
+    block = min(_block(problem, target), MAX_BLOCK)
+    return (CSRGroups(block).resolve(problem.out_features, problem.in_features),)
 
 
 def bitmask_formats(problem: Problem, target: Target) -> tuple[Format, ...]:

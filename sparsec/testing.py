@@ -20,7 +20,7 @@ from sparsec import verify
 from sparsec.codegen import catalog
 from sparsec.codegen.build import build_kernels
 from sparsec.codegen.kernel import DTYPES, KernelSpec, Problem, Step
-from sparsec.formats import FORMATS, Format
+from sparsec.formats import FORMATS, NM, FanIn, Format
 from sparsec.ops.linear import OVERLOAD
 from sparsec.target import Target
 
@@ -108,6 +108,12 @@ def _draw_format(rng: np.random.Generator, name: str, rows: int, cols: int) -> F
     if name == "bitmask":
         block = (None, 64, 128)[int(rng.integers(3))]
         return make(width=(None, 16, 32, 64)[int(rng.integers(4))], block=block).resolve(rows, cols)
+    if name == "nm":
+        return make(*((1, 2), (2, 4), (1, 4), (3, 8), (4, 8), (2, 16), (5, 16), (4, 32))[int(rng.integers(8))])
+    if name == "fan_in":
+        return make(int(rng.integers(1, min(cols, 40) + 1)), (None, 32)[int(rng.integers(2))]).resolve(rows, cols)
+    if name == "csr_groups":
+        return make((None, 7, 64, 128, 255)[int(rng.integers(5))]).resolve(rows, cols)
     return make().resolve(rows, cols)
 
 
@@ -171,11 +177,22 @@ def _fill(kind: str, shape: tuple[int, ...], rng: np.random.Generator) -> torch.
 def make_weight(case: Case, data: Data) -> torch.Tensor:
     """The (rows, cols) weight; pruned entries are zeros of either sign."""
     rng = np.random.default_rng((data.seed, 1))
-    mask = torch.from_numpy(mask_of(data.pattern, case.rows, case.cols, data.density, rng))
+    mask = torch.from_numpy(_obey(case.format, mask_of(data.pattern, case.rows, case.cols, data.density, rng)))
     values = _fill(data.values, (case.rows, case.cols), rng)
     values = torch.where(values == 0, torch.ones_like(values), values)
     signed_zero = torch.where(values < 0, -0.0, 0.0).double()
     return torch.where(mask, values, signed_zero).to(DTYPES[case.dtype])
+
+
+def _obey(fmt: Format, mask: np.ndarray) -> np.ndarray:
+    """`mask` without the entries for which a format with a quota per row or group has no slot."""
+    rows, cols = mask.shape
+    if isinstance(fmt, NM):
+        groups = np.pad(mask, ((0, 0), (0, -cols % fmt.m))).reshape(rows, -1, fmt.m)
+        return (groups & (groups.cumsum(axis=2) <= fmt.n)).reshape(rows, -1)[:, :cols]
+    if isinstance(fmt, FanIn):
+        return mask & (mask.cumsum(axis=1) <= fmt.k)
+    return mask
 
 
 def make_input(case: Case, data: Data, features: int, stream: int) -> torch.Tensor:

@@ -14,13 +14,16 @@ from sparsec.codegen import catalog, plans
 from sparsec.codegen.backend import Backend
 from sparsec.codegen.kernel import DTYPES, STEPS, KernelSpec, Problem, Step
 from sparsec.errors import SpecError
-from sparsec.formats import BSR, CSR, Bitmask, Format
+from sparsec.formats import BSR, CSR, NM, Bitmask, CSRGroups, FanIn, Format
 from sparsec.target import ISAS, Target
 
 FULL = Target("x86_64", ISAS["avx512bf16"].features, l1d=32 << 10)
 PLAIN = Target("aarch64")
 PROBLEM = Problem("linear", 384, 1536, "float32", 58_982, True, (Step("gelu"),))
-EXAMPLES: dict[str, Format] = {"csr": CSR(), "bitmask": Bitmask(), "bsr": BSR(16, 1)}
+EXAMPLES: dict[str, Format] = {
+    "csr": CSR(), "bitmask": Bitmask(), "bsr": BSR(16, 1), "csr_groups": CSRGroups(), "nm": NM(2, 4),
+    "fan_in": FanIn(9),
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +43,7 @@ def test_the_table_is_sound() -> None:
         assert variant.isas[-1] == "portable", "every kernel runs everywhere"
         assert catalog.variant(variant.name) is variant and variant in catalog.variants_for(variant.op, variant.format)
     for dtype in ("float32", "bfloat16"):
-        for fmt in ("csr", "bitmask", "bsr"):
+        for fmt in EXAMPLES:
             assert len([v for v in catalog.variants_for("linear", fmt) if dtype in v.dtypes and v.language == "c"]) == 1
 
 

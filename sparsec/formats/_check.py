@@ -33,24 +33,29 @@ def buffer(name: str, key: str, tensor: torch.Tensor, dtype: torch.dtype, shape:
         raise FormatError(f"{name}: buffer {key!r} has shape {tuple(tensor.shape)}, expected {shape}")
 
 
-def pointers(name: str, tensor: torch.Tensor, segments: int, total: int) -> np.ndarray:
-    """`tensor` as numpy; raises unless it is int32[segments + 1], starts at 0, never falls and ends at `total`."""
-    buffer(name, "pointers", tensor, torch.int32, (segments + 1,))
+def pointers(
+    name: str, tensor: torch.Tensor, segments: int, total: int, key: str = "pointers", into: str = "values"
+) -> np.ndarray:
+    """`tensor` as numpy; raises unless it is int32[segments + 1], starts at 0, never falls and ends at `total`.
+
+    `key` names the buffer in messages, `into` the one whose entries it counts.
+    """
+    buffer(name, key, tensor, torch.int32, (segments + 1,))
     if total > INT32_MAX:
-        raise FormatError(f"{name}: buffer 'values' has {total} entries, 32-bit pointers reach {INT32_MAX}")
+        raise FormatError(f"{name}: buffer {into!r} has {total} entries, 32-bit pointers reach {INT32_MAX}")
     array = numpy_view(tensor)
     if array[0] != 0:
-        raise FormatError(f"{name}: buffer 'pointers' at position 0 holds {array[0]}, expected 0")
+        raise FormatError(f"{name}: buffer {key!r} at position 0 holds {array[0]}, expected 0")
     falls = array[1:] < array[:-1]
     if falls.any():
         at = int(np.argmax(falls)) + 1
         raise FormatError(
-            f"{name}: buffer 'pointers' at position {at} holds {array[at]}, less than {array[at - 1]} before it; "
+            f"{name}: buffer {key!r} at position {at} holds {array[at]}, less than {array[at - 1]} before it; "
             f"valid: {array[at - 1]} to {total}"
         )
     if array[-1] != total:
         raise FormatError(
-            f"{name}: buffer 'pointers' at position {segments} holds {array[-1]}, expected {total}, the stored entries"
+            f"{name}: buffer {key!r} at position {segments} holds {array[-1]}, expected {total}, the stored entries"
         )
     return array
 
