@@ -132,6 +132,24 @@ CATALOG: tuple[Variant, ...] = (
         "linear_bsr_bf16", "linear", "bsr", "linear_bsr.c.jinja", dtypes=("bfloat16",),
         isas=_AVX512_TO_C, choose=plans.linear, candidates=plans.bsr_formats,
     ),
+    Variant(
+        "linear_csr_groups", "linear", "csr_groups", "linear_csr_groups.c.jinja",
+        isas=_AVX512_TO_C, choose=plans.linear, candidates=plans.csr_groups_formats,
+    ),
+    Variant(
+        "linear_csr_groups_bf16", "linear", "csr_groups", "linear_csr_groups.c.jinja", dtypes=("bfloat16",),
+        isas=_AVX512_TO_C, choose=plans.linear, candidates=plans.csr_groups_formats,
+    ),
+    Variant("linear_fan_in", "linear", "fan_in", "linear_fan_in.c.jinja", isas=_AVX512_TO_C, choose=plans.linear),
+    Variant(
+        "linear_fan_in_bf16", "linear", "fan_in", "linear_fan_in.c.jinja", dtypes=("bfloat16",),
+        isas=_AVX512_TO_C, choose=plans.linear,
+    ),
+    Variant("linear_nm", "linear", "nm", "linear_nm.c.jinja", isas=_AVX512_TO_C, choose=plans.linear),
+    Variant(
+        "linear_nm_bf16", "linear", "nm", "linear_nm.c.jinja", dtypes=("bfloat16",),
+        isas=_AVX512_TO_C, choose=plans.linear,
+    ),
 )  # fmt: skip
 """Built-in variants, in the order in which `tune="off"` tries them."""
 
