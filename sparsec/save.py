@@ -18,7 +18,7 @@ from torch import fx, nn
 from sparsec import save_zip
 from sparsec.codegen import build
 from sparsec.codegen.kernel import KernelSpec
-from sparsec.errors import LoadError, SpecError
+from sparsec.errors import DeviceError, LoadError, SparsecError, SpecError, ToolchainError
 from sparsec.graph import KEY, constants, ties
 from sparsec.history import Entry, History
 from sparsec.install import Ledger, compiled_graphs, ledger
@@ -86,9 +86,14 @@ def load(path: str | Path, trust: bool = False) -> nn.Module:
     manifest, members = save_zip.read(Path(path))
     try:
         return _load(members, bool(trust))
-    except LoadError as error:
+    except (ToolchainError, DeviceError):
+        raise
+    except Exception as error:  # whatever a damaged file can provoke, also in torch, is the file's fault
         by = f"sparsec {manifest.get('sparsec')!s:.20}, torch {manifest.get('torch')!s:.30}"
-        raise LoadError(f"{path} (written by {by}): {error}") from error
+        what = (
+            str(error) if isinstance(error, SparsecError) else f"it is damaged ({type(error).__name__}: {error!s:.200})"
+        )
+        raise LoadError(f"{path} (written by {by}): {what}") from error
 
 
 def _version() -> str:
@@ -216,8 +221,6 @@ def _tensors(about: Any, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.
             tensor = tensor.permute([order.index(d) for d in range(tensor.dim())])
         where = device(about[name]["device"])
         if where.type == "cuda" and not torch.cuda.is_available():
-            from sparsec.errors import DeviceError
-
             raise DeviceError(f"the model was saved on {where}, and this process sees no CUDA device")
         found[name] = tensor.to(where)
     return found

@@ -110,7 +110,7 @@ def _signature(data: list[Any]) -> inspect.Signature:
     parameters = []
     for item in data:
         table(item, "parameter", ("name", "kind", "required", "default"))
-        if item["kind"] not in _KINDS or type(item["required"]) is not bool:
+        if not isinstance(item["kind"], str) or item["kind"] not in _KINDS or type(item["required"]) is not bool:
             raise LoadError(f"parameter {item['name']!r:.60} has the kind {item['kind']!r:.40}")
         default = inspect.Parameter.empty if item["required"] else _value(item["default"])
         try:

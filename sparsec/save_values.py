@@ -11,6 +11,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
+from unicodedata import normalize
 
 import torch
 from torch import fx
@@ -134,9 +135,12 @@ def sequence(value: Any, what: str) -> list[Any]:
 
 
 def identifier(name: Any, what: str) -> str:
-    """A name that may stand in generated Python: an ASCII identifier, no keyword, none of the generated ones."""
-    plain = isinstance(name, str) and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,199}", name)
-    if not plain or keyword.iskeyword(name) or name.startswith(("__", "_sc_")):
+    """A name that may stand in generated Python: an identifier, no keyword, none of the generated ones.
+
+    Python reads identifiers in their NFKC form, so that only names in it mean what they say.
+    """
+    plain = isinstance(name, str) and len(name) <= 1000 and name.isidentifier()
+    if not plain or keyword.iskeyword(name) or name.startswith(("__", "_sc_")) or normalize("NFKC", name) != name:
         raise LoadError(f"{what} {name!r:.60} is not a usable identifier")
     return str(name)
 
