@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from sparsec.errors import PassError, SpecError, nearest
+from sparsec.sparsifiers.pruning import RECORD
 from sparsec.sparsifiers.structure_groups import Group, Resize, Slice
 
 Indices = dict[tuple[str, int], torch.Tensor]
@@ -58,9 +59,19 @@ def shrink(model: nn.Module, groups: Iterable[Group]) -> nn.Module:
     changed = rebuild(small, keep, [s for g in chosen for s in g.slices])
     used = _changes(chosen)
     _update_modules(small, model, changed)
-    _update_sizes(small, used)
-    _verify(model, small, chosen, used)
-    return small
+    vars(small).pop(RECORD, None)  # the report rows of a pruned model speak of other shapes
+    want = outputs(zero(model, chosen), chosen[0].origin.example) if chosen[0].origin else []
+    failure: tuple[str, Exception | None] | None = None
+    for names, config in ((_USUAL, False), (_USUAL, True), (_ANY, False), (_ANY, True)):
+        undo = _update_sizes(small, used, names, config)
+        problem = _problem(small, chosen, want)
+        if problem is None:
+            return small
+        failure = failure or problem
+        for holder, attribute, value in reversed(undo):
+            setattr(holder, attribute, value)
+    reason, cause = failure or ("", None)
+    raise PassError(f"{reason}; {_where(used)}") from cause
 
 
 # What is chosen
@@ -216,7 +227,7 @@ def _update_modules(small: nn.Module, model: nn.Module, changed: dict[str, list[
             update(module, old)
             continue
         own = [entry for name, dims in changed.items() if name.rpartition(".")[0] == path for entry in dims]
-        _set_sizes(module, {(before, after) for _, before, after in own})
+        _set_sizes(module, {(before, after) for _, before, after in own}, _ANY)
 
 
 def _changes(groups: Sequence[Group]) -> list[tuple[Resize, int]]:
@@ -229,34 +240,52 @@ def _changes(groups: Sequence[Group]) -> list[tuple[Resize, int]]:
     return [(r, size) for r, size in kept if size != r.shape[r.dim]]
 
 
-def _update_sizes(small: nn.Module, used: Sequence[tuple[Resize, int]]) -> None:
-    """Attributes of modules in whose forward tensors change size: numbers of heads, widths of splits, channels."""
+# Names of attributes that count heads or channels, tried first; then any integer but for those that count other things.
+_HEADS = r"^(n|num|nb)?_?(attention|attn|key_value|kv|query|q)?_?heads?$"
+_USUAL = re.compile(_HEADS + r"|^(all_head_(size|dim)|inner_dim|split_size|(num_|in_|out_)?(channels|features)|width)$")
+_ANY = re.compile(
+    r"^(?!.*(head_dim|head_size|dim_head|n_rep|groups|layer|axis|bucket|ratio|kernel|stride|window|padding))"
+)
+
+Undo = list[tuple[Any, str, Any]]
+"""(object, attribute, its former value)."""
+
+
+def _update_sizes(small: nn.Module, used: Sequence[tuple[Resize, int]], names: re.Pattern[str], config: bool) -> Undo:
+    """Attributes of modules in whose forward tensors change size: numbers of heads, widths of splits, channels.
+
+    With `config` a module that reads transformers' config gets its own copy with its own number of heads.
+    """
     by_path: dict[str, set[tuple[int, int]]] = {}
     for resize, size in used:
         by_path.setdefault(resize.path, set()).add((resize.shape[resize.dim], size))
+    undo: Undo = []
     for path, pairs in by_path.items():
-        module = small.get_submodule(path)
+        module: Any = small.get_submodule(path)
         if isinstance(module, nn.GroupNorm) and module.weight is None:
             before, after = next(iter(pairs))
+            undo += [(module, "num_channels", before), (module, "num_groups", module.num_groups)]
             module.num_channels, module.num_groups = after, module.num_groups * after // before
         elif _updater(module) is None or not list(module.parameters(False)):
-            _set_sizes(module, pairs)
+            undo += _set_sizes(module, pairs, names)
+            if config and hasattr(module, "config"):
+                undo.append((module, "config", module.config))
+                module.config = copy.deepcopy(module.config)
+                _set_sizes(module.config, pairs, re.compile(_HEADS))
+    return undo
 
 
-_WIDTH_OF_ONE = re.compile(r"head_(dim|size|width)|dim_(per_)?head|d_(k|v|kv|head)$|n_rep|_groups$|layer|axis|^dim$")
-
-
-def _set_sizes(module: nn.Module, pairs: Iterable[tuple[int, int]]) -> None:
-    """Replace integers of a module that equal an old size, unless two new sizes compete or the name is another's."""
+def _set_sizes(holder: Any, pairs: Iterable[tuple[int, int]], names: re.Pattern[str]) -> Undo:
+    """Replace integers with a fitting name that equal an old size, unless two new sizes compete."""
     options: dict[int, set[int]] = {}
     for before, after in pairs:
         options.setdefault(before, set()).add(after)
-    for name, value in list(vars(module).items()):
-        whole = name in ("all_head_size", "all_head_dim")
-        if type(value) is not int or name.startswith("_") or (_WIDTH_OF_ONE.search(name) and not whole):
-            continue
-        if len(options.get(value, ())) == 1:
-            setattr(module, name, next(iter(options[value])))
+    undo: Undo = []
+    for name, value in list(vars(holder).items()):
+        if type(value) is int and not name.startswith("_") and names.search(name) and len(options.get(value, ())) == 1:
+            undo.append((holder, name, value))
+            setattr(holder, name, next(iter(options[value])))
+    return undo
 
 
 # Verification
@@ -307,19 +336,20 @@ def tolerance(tensors: Sequence[torch.Tensor]) -> float:
     return 1e-6 if eps < 1e-10 else 2e3 * eps
 
 
-def _verify(model: nn.Module, small: nn.Module, groups: Sequence[Group], used: Sequence[tuple[Resize, int]]) -> None:
+def _problem(
+    small: nn.Module, groups: Sequence[Group], want: Sequence[torch.Tensor]
+) -> tuple[str, Exception | None] | None:
+    """What is wrong with the smaller model on the example of the analysis; None when it equals the zeroed one."""
     origin = groups[0].origin
     if origin is None:
-        return
-    want = outputs(zero(model, groups), origin.example)
+        return None
     try:
         got = outputs(small, origin.example)
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
-        raise PassError(f"the smaller model fails: {type(error).__name__}: {first}; {_where(used)}") from error
+        return f"the smaller model fails: {type(error).__name__}: {first}", error
     off = difference(got, want)
-    if not off <= tolerance(want):
-        raise PassError(f"the smaller model is off the zeroed one by {off:.2g} of its largest value; {_where(used)}")
+    return None if off <= tolerance(want) else (f"the smaller model is off the zeroed one by {off:.2g}", None)
 
 
 _VIEWS = ("view", "reshape", "unflatten", "split", "slice", "expand", "repeat", "chunk")
