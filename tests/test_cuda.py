@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import subprocess
@@ -111,7 +112,7 @@ def test_pruned_entries_never_meet_infinite_inputs(name: str, folder: Path) -> N
 @emulates
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_gradients(dtype: str, folder: Path) -> None:
-    """dX = dY W and the sampled dW against float64, from one packed CSR; gradcheck's identity, without torch's autograd."""
+    """dX = dY W and the sampled dW against float64, from one packed CSR."""
     rows, cols, kind = 37, 150, DTYPES[dtype]
     fmt = CSR(block=64).resolve(rows, cols)
     specs = {op: gradient_spec(op, fmt, dtype, rows, cols) for op in ("linear_dx", "linear_dw")}
@@ -224,7 +225,9 @@ def _compile_all(specs: list[KernelSpec], folder: Path) -> str:
 @pytest.mark.slow
 def test_every_variant_compiles_for_both_architectures(tmp_path: Path) -> None:
     """One unit holds one kernel of every variant; no kernel keeps an array in local memory."""
-    text = _compile_all([first_spec(name) for name in EVERY], tmp_path)
+    specs = [first_spec(name) for name in EVERY]  # the ends of each plan; the soak test compiles all of it
+    ends = [dataclasses.replace(s, plan=tuple(dict.fromkeys((*s.plan[:1], *s.plan[-1:])))) for s in specs]
+    text = _compile_all(ends, tmp_path)
     assert text.count("for 'sm_80'") == text.count("for 'sm_90'") >= len(NAMES)
     frames = [int(line.split()[0]) for line in text.splitlines() if "bytes stack frame" in line]
     assert len(frames) >= 2 * len(NAMES) and max(frames) <= 16
