@@ -14,7 +14,7 @@ from sparsec.codegen.build import build_kernels
 from sparsec.codegen.kernel import DTYPES, Kernel, KernelSpec
 from sparsec.driver import Context, Pass
 from sparsec.errors import SparsecError
-from sparsec.graph import sites, update
+from sparsec.graph import get_constant, sites, update
 from sparsec.passes._propose import Proposal, dense_row, propose
 from sparsec.passes._trial import Choice, Trial
 from sparsec.report import Row
@@ -94,10 +94,12 @@ def _decisions(gm: fx.GraphModule, ctx: Context, proposals: Mapping[fx.Node, Pro
     generator = torch.Generator().manual_seed(0)
     for proposal in proposals.values():
         problem = proposal.problem
-        x = torch.randn(max(UNKNOWN_BATCHES), problem.in_features, generator=generator).to(DTYPES[problem.dtype])
+        device = get_constant(gm, proposal.fact.weight).device
+        x = torch.randn(max(UNKNOWN_BATCHES), problem.in_features, generator=generator)
+        x = x.to(device, DTYPES[problem.dtype])
         residual = None
         if any(step.name == "add" for step in problem.epilogue):
-            residual = torch.randn(x.shape[0], problem.out_features, generator=generator).to(x.dtype)
+            residual = torch.randn(x.shape[0], problem.out_features, generator=generator).to(x)
         yield (proposal, *trial.decide(proposal, x, residual, UNKNOWN_BATCHES))
 
 

@@ -31,7 +31,7 @@ from sparsec.errors import (
     ToolchainError,
     VerifyError,
 )
-from sparsec.formats import BSR, CSR, NM, Bitmask, Dense, FanIn, Format
+from sparsec.formats import BSR, CSR, NM, Bitmask, Dense, FanIn, Format, GroupInt4, SpQR, TiledCSL, TwoFour
 from sparsec.passes import DEFAULT
 from sparsec.report import Report
 from sparsec.save import load, save
@@ -56,15 +56,19 @@ __all__ = [
     "FanIn",
     "Format",
     "FormatError",
+    "GroupInt4",
     "InputError",
     "LoadError",
     "Pass",
     "PassError",
     "Report",
+    "SpQR",
     "SparsecError",
     "Spec",
     "SpecError",
+    "TiledCSL",
     "ToolchainError",
+    "TwoFour",
     "Variant",
     "VerifyError",
     "analyze",
