@@ -235,7 +235,7 @@ def test_entry_refuses_what_the_kernel_was_not_compiled_for() -> None:
         ((x, y, b, None, v, i.int(), p), "indices must be a contiguous CPU tensor of int16"),
         ((x, y, b, None, v[:-1], i, p), "indices has the wrong number of elements"),
         ((x, y, b, None, v, i, p[:-1]), "pointers has the wrong number of elements"),
-        ((x, y, b, None, v[:-1], i[:-1], p), "the last pointer does not match the size of values"),
+        ((x, y, b, None, v[:-1], i[:-1], p), "the last of pointers does not match the number of entries"),
     )
     for args, message in cases:
         with pytest.raises(ValueError, match=message):

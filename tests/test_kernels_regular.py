@@ -133,7 +133,7 @@ def test_one_thread_and_three_give_the_same_bits(which: int) -> None:
         (0, {"values": lambda t: t[:-1]}, "values has the wrong number of elements"),
         (0, {"places": lambda t: t.to(torch.int8)}, "places must be a contiguous CPU tensor of uint8"),
         (5, {"indices": lambda t: t[:-1]}, "indices has the wrong number of elements"),
-        (7, {"values": lambda t: t[:-1]}, "the last pointer does not match"),
+        (7, {"values": lambda t: t[:-1]}, "the last of pointers does not match"),
         (7, {"counts": lambda t: t[:-1]}, "counts has the wrong number of elements"),
         (7, {"starts": lambda t: t[:-1]}, "starts has the wrong number of elements"),
         (7, {"indices": lambda t: t[:-1]}, "the last start does not match the size of indices"),
