@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from sparsec import codes
+from sparsec.codegen import catalog
 from sparsec.codegen.build import build_kernels
 from sparsec.codegen.kernel import DTYPES, Kernel, KernelSpec
 from sparsec.driver import Context, Pass
@@ -76,9 +77,12 @@ class Select(Pass):
         if errors and ctx.options.fallback == "error":
             raise next(iter(errors.values()))
         if errors and not kernels:
-            detail = str(next(iter(errors.values()))).splitlines()[0]
+            spec, error = next(iter(errors.items()))
+            detail = str(error).splitlines()[0]
+            missing = catalog.backend(catalog.variant(spec.variant).language).available()
+            code = codes.NO_TOOLCHAIN if missing else codes.BUILD_FAILED
             for proposal in proposals.values():
-                rows[proposal.fact.site] = dense_row(proposal.fact, codes.NO_TOOLCHAIN, detail=detail)
+                rows[proposal.fact.site] = dense_row(proposal.fact, code, variant=spec.variant, detail=detail)
             ctx.report.note(f"no kernel could be built, so every site stays dense: {detail}")
         return {**kernels, **errors}
 

@@ -157,3 +157,17 @@ def test_report_of_a_pruned_model() -> None:
     report = sparsec.report(pruned())
     assert [row.site for row in report.rows] == ["0", "2"]
     assert all(abs(row.density - 0.2) < 0.01 for row in report.rows)
+
+
+def test_a_compiler_that_fails_leaves_sites_dense_with_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsec.codegen import toolchain
+
+    def broken(self: object, *args: object, **kwargs: object) -> None:
+        raise ToolchainError("compiler failed with status 1\nlong output")
+
+    monkeypatch.setattr("sparsec.codegen.build._loaded", {})
+    monkeypatch.setattr(toolchain.Toolchain, "compile", broken)
+    monkeypatch.setattr("sparsec.codegen.cache.Cache.lookup", lambda *a, **k: None)
+    report = sparsec.analyze(pruned(), None, (X,), tune="off")
+    assert {r.code for r in report.rows} == {"SPC0401"} and {r.decision for r in report.rows} == {"dense"}
+    assert all("status 1" in r.reason and "long output" not in r.reason for r in report.rows)
