@@ -36,6 +36,7 @@ MAY_ALSO: dict[str, tuple[set[str], str]] = {
     "__init__": ({"api", "face", "formats", "passes", "codegen", "ops", "sparsifiers"}, "the public names"),
     "api": ({"formats", "passes", "codegen", "ops", "sparsifiers"}, "the public functions import everything"),
     "testing": ({"formats", "codegen", "ops"}, "problems and oracles for tests and benchmarks"),
+    "export_c": ({"codegen"}, "writes kernels into a C project"),
     "save": ({"api", "codegen"}, "puts a compile result back together, with kernels of this machine"),
     "save_kernels": ({"codegen"}, "renders and builds the kernels of a file"),
     "sparsifiers.blocks": ({"progress"}, "takes a while"),

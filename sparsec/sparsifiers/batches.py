@@ -36,7 +36,7 @@ class Calibration:
 
     `loss(output, batch)`, for gradient statistics, gives a scalar for a batch of one sample, or (values, weights) for
     an expectation over labels. `double` accumulates the Gram matrices in float64. `executor` runs one job per layer;
-    results do not depend on it.
+    results do not depend on it when its workers compute with as many threads as here.
     """
 
     data: Any

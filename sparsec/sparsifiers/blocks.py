@@ -12,7 +12,7 @@ from torch import nn
 from sparsec.errors import InputError
 from sparsec.progress import Progress
 from sparsec.sparsifiers.batches import Calibration
-from sparsec.sparsifiers.calibration import Stop, Watch, quiet
+from sparsec.sparsifiers.calibration import NOTHING, Stop, Watch, quiet
 from sparsec.sparsifiers.layers import Layer
 from sparsec.sparsifiers.stats import GRADIENTS, Stats
 
@@ -83,9 +83,9 @@ class Chain:
         handle = self.blocks[0].register_forward_pre_hook(catch, with_kwargs=True)
         runner = watch or Watch(self.model, [], (), self.calibration)
         try:
-            for batch in batches:
+            for i, batch in enumerate(batches):
                 try:
-                    runner.run([batch])
+                    runner.run([batch], first=i)
                 except Stop:
                     continue
         finally:
@@ -109,7 +109,7 @@ def prune_by_blocks(
         return "gradient statistics need the whole model"
     batches = list(calibration.batches())
     if not batches:
-        raise InputError("calibration saw nothing: the data is empty")
+        raise InputError(NOTHING)
     with quiet(model):
         if problem := _problem(chain, batches[0]):
             return problem
@@ -125,14 +125,14 @@ def prune_by_blocks(
             watch = Watch(model, stem, wanted, calibration)
             with watch:
                 chain.capture(batches, watch)
-            prune(stem, watch.finish())
+            prune(stem, watch.collect())
         _run_blocks(chain, inside, members, batches, wanted, prune)
         rest = [x for x in outside if x not in stem]
         if rest:
             watch = Watch(model, rest, wanted, calibration)
             with watch:
                 watch.run(batches)
-            prune(rest, {o.layer.site: o.finish() for o in watch.observers.values()})
+            prune(rest, watch.collect())
     return None
 
 
@@ -158,7 +158,7 @@ def _run_blocks(
                         with watch.blame():
                             block(*args, **kwargs)
                         watch._shared = ()
-                found = {o.layer.site: o.finish() for o in watch.observers.values()}
+                found = watch.collect()
                 prune(own, {x.site: found[y.site] for x, y in zip(own, local)})
             with torch.no_grad():
                 calls = [_advance(block, args, kwargs) for args, kwargs in calls]

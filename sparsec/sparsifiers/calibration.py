@@ -15,6 +15,8 @@ from sparsec.sparsifiers.batches import Calibration
 from sparsec.sparsifiers.layers import Layer, Where, find_layers
 from sparsec.sparsifiers.stats import GRADIENTS, Observer, Partial, Stats, check_needs, input_rows
 
+NOTHING = "calibration saw nothing: the data is empty, all of it is padding, or no selected layer ever ran"
+
 LIMIT = 1 << 24
 """Features of unfolded convolution inputs that are held at once."""
 
@@ -72,13 +74,13 @@ class Watch:
             handle.remove()
         self._shared = ()
 
-    def run(self, batches: Iterable[Any]) -> None:
-        """Feed batches through the model."""
+    def run(self, batches: Iterable[Any], first: int = 0) -> None:
+        """Feed batches through the model; `first` is the number of the first one in messages."""
         from sparsec.sparsifiers.gradients import add_gradients
 
         known = batches if isinstance(batches, Sequence) else None
         with Progress(len(known) if known is not None else 0, "calibrating") as bar:
-            for self.batch, batch in enumerate(batches):
+            for self.batch, batch in enumerate(batches, first):
                 self.padding = self.calibration.padding(batch)
                 args, kwargs = self.calibration.call(self.model, batch)
                 with torch.no_grad(), self.blame():
@@ -135,13 +137,15 @@ class Watch:
             observer.add(partial, rows)
             self._shared = (key, (partial, rows), x)  # x stays alive, so that its address is not reused
 
+    def collect(self) -> dict[str, Stats | None]:
+        """Site -> statistics, None for layers that never ran."""
+        return {site: observer.finish() for site, observer in self.observers.items()}
+
     def finish(self) -> dict[str, Stats | None]:
-        """Site -> statistics. Raises InputError when there was no data, or when all rows were padding."""
-        found = {site: observer.finish() for site, observer in self.observers.items()}
+        """`collect`. Raises InputError when there was no data, or when all rows were padding."""
+        found = self.collect()
         if found and not any(found.values()):
-            raise InputError(
-                "calibration saw nothing: the data is empty, all of it is padding, or no selected layer ever ran"
-            )
+            raise InputError(NOTHING)
         return found
 
 

@@ -27,6 +27,8 @@ def add_gradients(
             before = sum(o.samples for o in observers.values())
             for sample in samples(batch):
                 _one(model, sample, calibration, observers, needs, weights)
+            if grads is not None:
+                grads.remove()  # differentiating twice would count again
             if "hessian_grad" in needs:
                 count = (sum(o.samples for o in observers.values()) - before) // len(observers)
                 _curvature(model, batch, calibration, observers, count)

@@ -56,8 +56,8 @@ def upper_inverse(found: Damped) -> torch.Tensor:
     return factor
 
 
-Quantise = Callable[[torch.Tensor, int], torch.Tensor]
-"""(column of weights, its index) -> the values that can be stored."""
+Quantise = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
+"""(column of weights, its index, the columns from it on as they are now) -> the values that can be stored."""
 
 
 def sweep(
@@ -70,44 +70,51 @@ def sweep(
     block: int = 128,
     quantise: Quantise | None = None,
     outlier: float | None = None,
+    dead: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prune (and quantise) columns from left to right, each error spread over the columns to its right.
 
     SparseGPT (Frantar and Alistarh, 2023): in each block of columns the entries of least w^2 / U_jj^2 are dropped, by
-    `granularity`; or `kept` is the mask to use. `weight` is [outputs, columns]; zeros in it stay zero. With `quantise`
+    `granularity`, those of `dead` columns first; or `kept` is the mask to use. `weight` is [outputs, columns]; zeros in
+    it stay zero. With `quantise`
     the survivors are rounded too; entries whose e_j^2 exceeds `outlier` are not (SpQR, Dettmers et al., 2023).
 
     Returns the new weight and the mask of what is kept.
     """
-    weight, cols = weight.clone(), weight.shape[1]
+    # columns of the weight are rows here: every step reads and writes contiguous memory
+    work, cols = weight.T.clone(memory_format=torch.contiguous_format), weight.shape[1]
     unit = (granularity.columns or 1) if granularity is not None else 1
     block = max(unit, block // unit * unit)
-    already = weight == 0
-    mask = ~already if kept is None else kept & ~already
+    already = work == 0
+    mask = ~already if kept is None else kept.T & ~already
+    dropped = 0
     for start in range(0, cols, block):
         stop = min(start + block, cols)
-        part, u = weight[:, start:stop], upper[start:stop, start:stop]
+        part, u = work[start:stop], upper[start:stop, start:stop]
         errors = torch.zeros_like(part)
         for j in range(stop - start):
             if kept is None and granularity is not None and (j == 0 if unit == 1 else j % unit == 0):
                 end = stop - start if unit == 1 else min(j + unit, stop - start)
                 here = slice(start + j, start + end)
-                scores = part[:, j:end].square() / u.diagonal()[j:end].square()
-                scores.masked_fill_(already[:, here], -torch.inf)
-                due = zeros * (start + end) // cols - int((~mask[:, : start + j]).sum())
-                mask[:, here] &= granularity.keep_matrix(scores, max(0, min(due, scores.numel())))
-            column = part[:, j].clone()
-            new = column * mask[:, start + j]
+                scores = (part[j:end] / u.diagonal()[j:end, None]).square_()
+                first = already[here] if dead is None else already[here] | dead[here, None]
+                scores.masked_fill_(first, -torch.inf)
+                due = zeros * (start + end) // cols - dropped
+                chosen = granularity.keep_matrix(scores.T.contiguous(), max(0, min(due, scores.numel())))
+                mask[here] &= chosen.T
+                dropped += int((~mask[here]).sum())
+            column = part[j].clone()
+            new = column * mask[start + j]
             if quantise is not None:
-                rounded = quantise(new, start + j)
+                rounded = quantise(new, start + j, (part[j:] * mask[start + j : stop]).T)
                 if outlier is not None:
                     rounded = torch.where(((new - rounded) / u[j, j]).square() > outlier, new, rounded)
                 new = rounded
-            errors[:, j] = (column - new) / u[j, j]
-            part[:, j:] -= errors[:, j : j + 1] * u[j, j:]
-            part[:, j] = new
-        weight[:, stop:] -= errors @ upper[start:stop, stop:]
-    return weight.masked_fill_(~mask, 0), mask
+            torch.div(column - new, u[j, j], out=errors[j])
+            part[j:].addr_(u[j, j:], errors[j], alpha=-1)
+            part[j] = new
+        work[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+    return work.masked_fill_(~mask, 0).T.contiguous(), mask.T.contiguous()
 
 
 def layer_error(change: torch.Tensor, gram: torch.Tensor) -> float:

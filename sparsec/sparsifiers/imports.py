@@ -9,11 +9,7 @@ from sparsec.errors import SpecError
 
 ALIASES = {"__ALL_PRUNABLE__": None, "__ALL__": None}
 
-ONE_SHOT = {
-    "SparseGPTModifier": "SparseGPT",
-    "WandaPruningModifier": "Wanda",
-    "ConstantPruningModifier": "Constant",
-}
+ONE_SHOT = {"SparseGPTModifier": "SparseGPT", "WandaPruningModifier": "Wanda"}
 GRADUAL = ("MagnitudePruningModifier", "GMPruningModifier", "GlobalMagnitudePruningModifier")
 
 IGNORED = (
@@ -87,10 +83,6 @@ def _regex(name: str) -> str:
 
 
 def _one_shot(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    if name == "ConstantPruningModifier":
-        for key in ("start", "end", "start_epoch", "end_epoch", "update_frequency"):
-            options.pop(key, None)
-        return {"sparsifier": {"Magnitude": {"sparsity": 0.0}}}
     structure = str(options.pop("mask_structure", "0:0"))
     sparsity = options.pop("sparsity", None)
     if isinstance(sparsity, list):

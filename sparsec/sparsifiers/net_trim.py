@@ -8,9 +8,9 @@ import torch
 
 from sparsec.errors import SpecError
 from sparsec.sparsifiers.allocators import Allocator, EqualShare
+from sparsec.sparsifiers.least_squares import refit
 from sparsec.sparsifiers.parts import Problem, Solution, Sparsifier, check_sparsity
 from sparsec.sparsifiers.ranks import lowest
-from sparsec.sparsifiers.refine import refit
 from sparsec.sparsifiers.scores import AbsValue, Score
 
 

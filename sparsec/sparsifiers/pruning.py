@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from sparsec import codes
-from sparsec.errors import SpecError
+from sparsec.errors import InputError, SpecError
 from sparsec.report import Row
 from sparsec.sparsifiers.batches import Calibration
 from sparsec.sparsifiers.blocks import prune_by_blocks
-from sparsec.sparsifiers.calibration import Watch, quiet
+from sparsec.sparsifiers.calibration import NOTHING, Watch, quiet
 from sparsec.sparsifiers.jobs import run_jobs
 from sparsec.sparsifiers.layers import Layer, Where, find_layers
 from sparsec.sparsifiers.parts import Problem, Solution, Sparsifier, zero_entries
@@ -108,6 +108,8 @@ class _Work:
                 lambda part, stats: self.prune(part, stats, [budget[x.site] for x in part]),
             )  # fmt: skip
             if reason is None:
+                if all(row["code"] == codes.NEVER_CALLED for row in self.rows.values()):
+                    raise InputError(NOTHING)
                 return
             if mode == "blocks":
                 raise SpecError(f"Calibration(mode='blocks'): {reason}; use mode='whole'")

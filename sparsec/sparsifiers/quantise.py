@@ -15,7 +15,8 @@ class Grid:
     """Integers of `bits` bits with a scale and zero point per output row and `group` inputs (None: the whole row).
 
     `outliers` is SpQR's threshold tau (Dettmers et al., 2023): entries whose squared sweep error exceeds tau times
-    mean(var(W) / U_jj^2) are not rounded. The grid is fitted to the weights before the sweep.
+    mean(var(W) / U_jj^2) are not rounded. A whole row's grid is fitted before the sweep, a group's when the sweep comes
+    to it, to the weights as compensated by then.
     """
 
     bits: int = 4
@@ -28,18 +29,16 @@ class Grid:
 
     def fit(
         self, weight: torch.Tensor, upper: torch.Tensor | None = None
-    ) -> tuple[Callable[[torch.Tensor, int], torch.Tensor], float | None]:
+    ) -> tuple[Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor], float | None]:
         """(rounding of a column, outlier threshold) for a weight [outputs, columns]; the threshold needs `upper`."""
         size = self.group or weight.shape[1]
-        parts = weight.split(size, dim=1)
-        low = torch.stack([p.amin(1).clamp(max=0) for p in parts], 1)
-        high = torch.stack([p.amax(1).clamp(min=0) for p in parts], 1)
-        scale = ((high - low) / (2**self.bits - 1)).clamp(min=torch.finfo(weight.dtype).tiny)
-        zero = (-low / scale).round()
+        scale, zero = self._range(weight)
 
-        def rounded(column: torch.Tensor, j: int) -> torch.Tensor:
-            s, z = scale[:, j // size], zero[:, j // size]
-            value: torch.Tensor = s * ((column / s).round().add(z).clamp(0, 2**self.bits - 1) - z)
+        def rounded(column: torch.Tensor, j: int, rest: torch.Tensor) -> torch.Tensor:
+            nonlocal scale, zero
+            if self.group is not None and j % size == 0:
+                scale, zero = self._range(rest[:, :size])
+            value: torch.Tensor = scale * ((column / scale).round().add(zero).clamp(0, 2**self.bits - 1) - zero)
             return value
 
         if self.outliers is None or upper is None:
@@ -47,7 +46,13 @@ class Grid:
         spread = (weight.var() / upper.diagonal().square()).mean()
         return rounded, float(self.outliers * spread)
 
+    def _range(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(scale, zero point) per row; zero is always on the grid."""
+        low, high = weight.amin(1).clamp(max=0), weight.amax(1).clamp(min=0)
+        scale = ((high - low) / (2**self.bits - 1)).clamp(min=torch.finfo(weight.dtype).tiny)
+        return scale, (-low / scale).round()
+
     def nearest(self, weight: torch.Tensor) -> torch.Tensor:
         """Round to nearest, without any compensation."""
         rounded, _ = self.fit(weight)
-        return torch.stack([rounded(weight[:, j], j) for j in range(weight.shape[1])], 1)
+        return torch.stack([rounded(weight[:, j], j, weight[:, j:]) for j in range(weight.shape[1])], 1)

@@ -11,6 +11,7 @@ from sparsec.formats import Format
 from sparsec.sparsifiers.allocators import Allocator
 from sparsec.sparsifiers.basic import Wanda
 from sparsec.sparsifiers.granularity import Element, Granularity, GroupsOf
+from sparsec.sparsifiers.least_squares import refit
 from sparsec.sparsifiers.parts import Apply, Problem, Solution, Sparsifier
 from sparsec.sparsifiers.scores import Score
 from sparsec.sparsifiers.selectors import Selector
@@ -70,9 +71,9 @@ class Refit(Refinement):
     the error. Stops after `steps`, or when the residual has shrunk by `tolerance`. `damp` is as in SparseGPT.
     """
 
-    steps: int = 50
-    tolerance: float = 1e-4
-    damp: float = 1e-3
+    steps: int = 20
+    tolerance: float = 1e-3
+    damp: float = 1e-2
 
     @property
     def extra_needs(self) -> tuple[str, ...]:
@@ -89,44 +90,6 @@ class Refit(Refinement):
             for g, s, k, gram in zip(goal, start, kept, grams)
         ]
         return replace(found, weight=layer.from_matrix(torch.cat(parts)).to(layer.weight))
-
-
-def refit(
-    goal: torch.Tensor,
-    start: torch.Tensor,
-    kept: torch.Tensor,
-    hessian: torch.Tensor,
-    damp: float = 0.0,
-    steps: int = 50,
-    tolerance: float = 1e-4,
-) -> torch.Tensor:
-    """Rows v supported on `kept` that minimise (v - goal) H (v - goal)^T, from `start` on; [outputs, features]."""
-    diagonal = hessian.diagonal() + damp * hessian.diagonal().mean()
-    diagonal = torch.where(diagonal > 0, diagonal, 1.0)  # features that are always zero
-    extra = diagonal - hessian.diagonal()
-    mask = kept.to(goal)
-
-    def product(v: torch.Tensor) -> torch.Tensor:
-        return (v @ hessian + v * extra) * mask
-
-    x = start * mask  # a copy
-    residual = ((goal - x) @ hessian) * mask  # the damping pulls towards the start, not towards zero
-    z = residual / diagonal
-    direction, rho = z.clone(), (residual * z).sum(1, keepdim=True)
-    stop = tolerance**2 * rho.clamp(min=0)
-    for _ in range(steps):
-        if bool((rho <= stop).all()):
-            break
-        image = product(direction)
-        curvature = (direction * image).sum(1, keepdim=True)
-        alpha = torch.where((curvature > 0) & (rho > stop), rho / curvature.clamp(min=1e-300), 0.0)
-        x += alpha * direction
-        residual -= alpha * image
-        z = residual / diagonal
-        new = (residual * z).sum(1, keepdim=True)
-        direction = z + direction * torch.where(rho > 0, new / rho.clamp(min=1e-300), 0.0)
-        rho = new
-    return x
 
 
 @dataclass(frozen=True, repr=False)

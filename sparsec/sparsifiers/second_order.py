@@ -10,6 +10,7 @@ from sparsec.errors import SpecError
 from sparsec.sparsifiers.allocators import Allocator
 from sparsec.sparsifiers.granularity import ELEMENT, Granularity
 from sparsec.sparsifiers.hessian import damped, sweep, upper_inverse
+from sparsec.sparsifiers.least_squares import refit
 from sparsec.sparsifiers.parts import (
     Apply,
     Problem,
@@ -29,11 +30,13 @@ class OBSUpdate(Apply):
 
     When the sparsifier's score is OBS and its granularity works on columns, each block is selected with the weights as
     compensated so far; otherwise the selection of the original weights is kept. `grid` rounds the survivors as well.
+    A sweep cannot correct what lies to its left; `refit` therefore fits the survivors by least squares at the end.
     """
 
     block: int = 128
     damp: float = 0.01
     grid: Grid | None = None
+    refit: bool = False
 
     def __post_init__(self) -> None:
         if self.block < 1 or self.damp < 0:
@@ -64,9 +67,13 @@ class OBSUpdate(Apply):
                 {"granularity": parts.granularity} if static is None else {"kept": static[i]}
             )
             rounding = self.grid.fit(matrix, upper) if self.grid is not None else (None, None)
-            found.append(
-                sweep(matrix, upper, share[i], block=self.block, quantise=rounding[0], outlier=rounding[1], **fixed)  # type: ignore[arg-type]
-            )
+            pruned, kept = sweep(
+                matrix, upper, share[i], block=self.block, quantise=rounding[0], outlier=rounding[1],
+                dead=hessian.dead, **fixed,  # type: ignore[arg-type]
+            )  # fmt: skip
+            if self.refit and self.grid is None:
+                pruned = refit(matrix, pruned, kept, gram / seen.rows, hessian.damp)
+            found.append((pruned, kept))
         weight = layer.from_matrix(torch.cat([w for w, _ in found])).to(layer.weight)
         kept = layer.from_matrix(torch.cat([k for _, k in found])).to(layer.weight.device)
         return Solution(weight, kept, notes=tuple(dict.fromkeys(notes)))
@@ -77,7 +84,8 @@ class SparseGPT(Sparsifier):
     """Drop the entries of least w^2 / U_jj^2 and update the rest (Frantar and Alistarh, SparseGPT, ICML 2023).
 
     H^-1 = U^T U with H = x x^T / rows, damped by `damp` times its mean diagonal. Columns go in blocks of `block`;
-    each block gets its share of zeros among all its entries (`unit=Element("row")`: among each row's). The
+    each block gets its share of zeros among all its entries (`unit=Element("row")`: among each row's). The survivors
+    are fitted by least squares, which the paper leaves out (`refit=False`: the sweep alone). The
     first argument is a sparsity, a pattern such as `NM(2, 4)`, or an allocator. `grid=Grid(4)` quantises jointly.
     """
 
@@ -86,6 +94,7 @@ class SparseGPT(Sparsifier):
     damp: float = 0.01
     unit: Granularity = ELEMENT
     grid: Grid | None = None
+    refit: bool = True
 
     def __post_init__(self) -> None:
         target_allocator("SparseGPT", self.sparsity)
@@ -105,4 +114,4 @@ class SparseGPT(Sparsifier):
 
     @property
     def apply(self) -> Apply:
-        return OBSUpdate(self.block, self.damp, self.grid)
+        return OBSUpdate(self.block, self.damp, self.grid, self.refit)

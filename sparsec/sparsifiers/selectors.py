@@ -72,7 +72,8 @@ class Sample(Selector):
 def inclusion(scores: np.ndarray, count: int) -> np.ndarray:
     """Probabilities min(1, c * score) that sum to `count`, or to the number of positive scores when that is less."""
     chances = np.zeros(len(scores))
-    positive = scores > 0
+    scores = scores / (scores.max(initial=0.0) or 1.0)
+    positive = scores > 1e-12
     full = np.zeros(len(scores), bool)
     count = min(count, int(positive.sum()))
     while True:
