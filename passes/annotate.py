@@ -48,7 +48,7 @@ class Annotate(Pass):
         for node, weight in found.items():
             old = fact(node)
             name = str(weight.target) if weight is not None else ""
-            if old is not None and old.weight == name:
+            if old is not None and old.weight == name and old.bias == _bias_name(node):
                 continue
             new = _fact(gm, node, weight, names[node], measured)
             node.meta[KEY] = new if old is None else _merge(old, new)
@@ -179,7 +179,7 @@ def _fact(
     kind = WEIGHT_OPS[opname(node)]
     bias = bound.get(kind.bias) if kind.bias else None
     constant_bias = isinstance(bias, fx.Node) and bias.op == "get_attr"
-    bias_name = str(bias.target) if isinstance(bias, fx.Node) and constant_bias else None
+    bias_name = _bias_name(node)
     base = Fact(site=site, op=op, module=owner(node)[1], weight="", bias=bias_name, shape=(0, 0), dtype="float32")
     if weight is None:
         return _computed(base, bound["weight"])
@@ -237,6 +237,13 @@ def _measure(op: str, tensor: torch.Tensor, transposed: bool) -> tuple[int, tupl
     kernel = tensor[0, 0].numel() if op.startswith("conv") else 1
     matrix = tensor.transpose(-1, -2) if transposed and tensor.dim() == 2 else tensor
     return measure(matrix.reshape(matrix.shape[0], -1), kernel)
+
+
+def _bias_name(node: fx.Node) -> str | None:
+    """The root attribute that is the bias of a weight op; None for none and for one that is computed."""
+    kind = WEIGHT_OPS[opname(node)]
+    bias = arguments(node).get(kind.bias) if kind.bias else None
+    return str(bias.target) if isinstance(bias, fx.Node) and bias.op == "get_attr" else None
 
 
 def _merge(old: Fact, new: Fact) -> Fact:
