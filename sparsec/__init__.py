@@ -5,6 +5,11 @@
     print(sparsec.report(fast))
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from sparsec.api import (
     analyze,
     compile,
@@ -31,15 +36,32 @@ from sparsec.errors import (
     ToolchainError,
     VerifyError,
 )
+from sparsec.export_c import export_c
 from sparsec.formats import BSR, CSR, NM, Bitmask, Dense, FanIn, Format, GroupInt4, SpQR, TiledCSL, TwoFour
 from sparsec.passes import DEFAULT
 from sparsec.report import Report
 from sparsec.save import load, save
-from sparsec.sparsifiers import sparsify
-from sparsec.sparsifiers.structure import co_permute, dependency_groups, shrink
 from sparsec.spec import Auto, Spec
 
+if TYPE_CHECKING:
+    from sparsec.sparsifiers import sparsify
+    from sparsec.sparsifiers.structure import co_permute, dependency_groups, shrink
+
 __version__ = "0.1.0"
+
+_LAZY = {  # what a user who only compiles or loads never needs: a third of the time to import
+    "sparsify": "sparsec.sparsifiers",
+    "co_permute": "sparsec.sparsifiers.structure",
+    "dependency_groups": "sparsec.sparsifiers.structure",
+    "shrink": "sparsec.sparsifiers.structure",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'sparsec' has no attribute {name!r}")
+
 
 __all__ = [
     "BSR",
@@ -77,6 +99,7 @@ __all__ = [
     "dense_state_dict",
     "dependency_groups",
     "draw",
+    "export_c",
     "graphs",
     "load",
     "load_dense_state_dict",

@@ -13,6 +13,16 @@ from sparsec.errors import PassError
 
 QUICK = 8
 
+FOUND = (
+    graphs.Plan(seed=37, depth=1, capture="trace", order=5, batch=5),  # a bias folded between two annotates was lost
+)
+"""Plans that failed once."""
+
+
+@pytest.mark.parametrize("plan", FOUND, ids=str)
+def test_what_failed_once_passes(plan: graphs.Plan) -> None:
+    assert graphs.failure(plan) == ""
+
 
 @pytest.mark.parametrize("number", range(QUICK))
 def test_a_random_graph_keeps_its_meaning(number: int) -> None:
