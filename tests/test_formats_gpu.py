@@ -42,7 +42,7 @@ problems = st.tuples(
 )  # fmt: skip
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(problems, st.sampled_from(EXACT))
 def test_exact_round_trips(problem: tuple[int, int, int, float, torch.dtype], fmt: Format) -> None:
     weight = _weight(*problem)
@@ -58,7 +58,7 @@ def test_exact_round_trips(problem: tuple[int, int, int, float, torch.dtype], fm
     assert parse(fmt.text()) == fmt and tuple(packed) == fmt.buffers and packed["values"].dtype == weight.dtype
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(problems, st.sampled_from(LOSSY))
 def test_lossy_formats_hold_what_unpack_says(problem: tuple[int, int, int, float, torch.dtype], fmt: Format) -> None:
     weight = _weight(*problem)
@@ -124,6 +124,13 @@ def test_refusals() -> None:
         TiledCSL(100)
     with pytest.raises(SpecError, match="0 to 500"):
         SpQR(501)
+
+
+def test_outliers_are_never_in_the_padding() -> None:
+    weight = torch.zeros(6, 17)
+    packed = SpQR(500).pack(weight)
+    SpQR(500).validate(packed, 6, 17)
+    assert packed["values"].numel() == 51 and torch.equal(SpQR(500).unpack(packed, 6, 17), weight)
 
 
 def test_the_mask_is_the_pattern() -> None:

@@ -50,7 +50,8 @@ class SpQR(Format):
         source = torch.where(kept, dense, torch.zeros_like(dense)).cpu()
         groups = torch.nn.functional.pad(source, (0, -cols % GROUP)).reshape(-1, GROUP)
         real = torch.nn.functional.pad(torch.ones(rows, cols, dtype=torch.bool), (0, -cols % GROUP)).reshape(-1, GROUP)
-        missed = (dequantise(*quantise(groups, real, BITS)).double() - groups.double()).abs() * real
+        missed = (dequantise(*quantise(groups, real, BITS)).double() - groups.double()).abs()
+        missed[~real] = -1.0  # padding is never an outlier, not even where nothing is missed
         outliers = torch.zeros_like(real)
         count = rows * cols * self.permille // 1000
         outliers.view(-1)[missed.view(-1).topk(count).indices] = True
