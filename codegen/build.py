@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from sparsec.codegen import catalog
+from sparsec.codegen import catalog, toolchain
 from sparsec.codegen.kernel import VERSION, Kernel, KernelSpec
 from sparsec.errors import DeviceError, LoadError, SparsecError, ToolchainError
 from sparsec.target import Target, instruction_set
@@ -15,6 +16,28 @@ from sparsec.target import Target, instruction_set
 _LOCK = threading.Lock()
 _loaded: dict[str, Kernel] = {}
 _pending: dict[str, Future[Kernel]] = {}
+
+
+def usable(target: Target) -> tuple[Target, str]:
+    """What kernels can really be built for, and a sentence for the report when that is not what was asked for.
+
+    Instruction sets that the C compiler is too old for are left out. Where there is no C compiler, TVM takes over if it
+    is installed. A `tvm` target needs it: DependencyError.
+    """
+    if target.kind == "tvm":
+        from sparsec.codegen import tvm_compat
+
+        tvm_compat.version()
+        return (target.limit(tvm_compat.isa_of(target.detail)) if target.detail else target), ""
+    if target.kind != "cpu":
+        return target, ""
+    try:
+        return toolchain.find().narrow(target), ""
+    except ToolchainError as error:
+        if catalog.backend("tvm").available() is not None:
+            return target, ""  # the error is said again for the kernels that cannot be built
+        note = f"kernels are built by TVM, because there is no C compiler: {str(error).splitlines()[0]}"
+        return dataclasses.replace(target, kind="tvm"), note
 
 
 def get_kernel(text: str) -> Kernel:

@@ -35,6 +35,7 @@ LOCK_SECONDS = 600.0  # a holder that is stopped, not dead, must not stop the ot
 TRIM_EVERY = 64  # stores
 
 _KEY = re.compile(r"[0-9a-f]{16,64}")
+_SUFFIX = re.compile(r"\.[a-z]{1,8}")  # of a library: .so, or what another backend loads
 _T = TypeVar("_T")
 _KIND = re.compile(r"[a-z_]{1,32}")
 
@@ -103,7 +104,10 @@ class Cache:
         digest = facts.get("sha256")
         if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
             return None
-        library = self._path("kernels", key, f"-{digest[:16]}.so")
+        suffix = facts.get("suffix", ".so")
+        if not isinstance(suffix, str) or not _SUFFIX.fullmatch(suffix):
+            return None
+        library = self._path("kernels", key, f"-{digest[:16]}{suffix}")
         if not _trusted(library) or _file_hash(library) != digest:
             return None
         with contextlib.suppress(OSError):
@@ -120,7 +124,7 @@ class Cache:
             raise ToolchainError(
                 f"the library {library} vanished before it could be cached; is a cleaner removing files?"
             )
-        record = {**facts, "sha256": digest}
+        record = {**facts, "sha256": digest, "suffix": library.suffix}
         entry = self._writing(lambda: self._publish(key, library, source, record))
         self._stores += 1
         if self._stores % TRIM_EVERY == 1:
@@ -205,7 +209,7 @@ class Cache:
 
     def _publish(self, key: str, library: Path, source: str, record: dict[str, Any]) -> Entry:
         folder = self.root / "tmp"
-        final = self._path("kernels", key, f"-{record['sha256'][:16]}.so")
+        final = self._path("kernels", key, f"-{record['sha256'][:16]}{record['suffix']}")
         _write(final.with_suffix(".c"), source.encode(), folder)
         if library.stat().st_dev == folder.stat().st_dev:
             library.chmod(0o700)

@@ -52,7 +52,7 @@ class Variant:
 
     def serves(self, target: Target) -> bool:
         """Whether this variant's language makes kernels for the target's kind of device."""
-        return target.kind == ("cuda" if self.language == "cuda" else "cpu")
+        return target.kind == (self.language if self.language in ("cuda", "tvm") else "cpu")
 
     def refuse(self, problem: Problem, fmt: Format, target: Target) -> str | None:
         """Why this variant cannot run `problem` from a weight stored as `fmt`; None when it can."""
@@ -153,9 +153,13 @@ CATALOG: tuple[Variant, ...] = (
 )  # fmt: skip
 """Built-in variants, in the order in which `tune="off"` tries them."""
 
-_TABLES = ("sparsec.codegen.cuda_variants",)  # modules with further VARIANTS, imported when first asked for
+_TABLES = (  # modules with further VARIANTS, imported when first asked for
+    "sparsec.codegen.cuda_variants", "sparsec.codegen.tvm_variants",
+)  # fmt: skip
 
-_BACKENDS = {"c": "sparsec.codegen.c", "cuda": "sparsec.codegen.cuda"}  # name -> module with a BACKEND, imported when first needed
+_BACKENDS = {  # name -> module with a BACKEND, imported when first needed
+    "c": "sparsec.codegen.c", "cuda": "sparsec.codegen.cuda", "tvm": "sparsec.codegen.tvm",
+}  # fmt: skip
 
 _LOCK = threading.Lock()
 _user_variants: dict[str, Variant] = {}

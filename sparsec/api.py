@@ -13,10 +13,10 @@ from torch import fx, nn
 
 from sparsec import codes, install
 from sparsec.capture import Captured, capture_whole
-from sparsec.codegen import build, cache, toolchain
+from sparsec.codegen import build, cache
 from sparsec.draw import draw as picture  # now, not lazily: a later import would put the module over our function
 from sparsec.driver import Context, Options, Pass, run_passes
-from sparsec.errors import CaptureError, SpecError, ToolchainError, nearest
+from sparsec.errors import CaptureError, SpecError, nearest
 from sparsec.graph import KEY
 from sparsec.history import History
 from sparsec.module import CompiledModule
@@ -113,9 +113,11 @@ class _Job:
         self.kwargs = example_kwargs
         self.dynamic_shapes = dynamic_shapes
         self.passes = list(DEFAULT if passes is None else passes)
-        self.target = _buildable(Target.parse(target))
+        self.target, note = build.usable(Target.parse(target))
         self.capture = _one_of("capture", capture, CAPTURES)
         self.report = Report(machine=self.target.name, threads=torch.get_num_threads(), dtype=_dtype(model))
+        if note:
+            self.report.note(note)
 
     def options(
         self, tune: str, min_speedup: float, tolerance: float | None, fallback: str, keep_originals: bool
@@ -272,16 +274,6 @@ def _result(cm: nn.Module) -> Result:
     if not isinstance(record, Result):
         raise SpecError(f"{type(cm).__name__} is no result of sparsec.compile or sparsec.sparsify")
     return record
-
-
-def _buildable(target: Target) -> Target:
-    """The target without instruction sets that this machine's compiler is too old for."""
-    if target.kind != "cpu":
-        return target
-    try:
-        return toolchain.find().narrow(target)
-    except ToolchainError:  # said again, with its reason, for the kernels that cannot be built
-        return target
 
 
 def _one_of(name: str, value: str, valid: tuple[str, ...]) -> str:
