@@ -145,6 +145,10 @@ CATALOG: tuple[Variant, ...] = (
         "linear_fan_in_bf16", "linear", "fan_in", "linear_fan_in.c.jinja", dtypes=("bfloat16",),
         isas=_AVX512_TO_C, choose=plans.linear,
     ),
+    Variant(
+        "linear_quantized", "linear", "quantized", "linear_quantized.c.jinja",
+        isas=("avx512vnni", *_AVX512_TO_C), choose=plans.linear,
+    ),
     Variant("linear_nm", "linear", "nm", "linear_nm.c.jinja", isas=_AVX512_TO_C, choose=plans.linear),
     Variant(
         "linear_nm_bf16", "linear", "nm", "linear_nm.c.jinja", dtypes=("bfloat16",),
@@ -247,8 +251,11 @@ def _add(kind: str, table: dict[str, _T], taken: list[str], name: str, obj: _T) 
 
 
 def _fields(fmt: Format) -> tuple[tuple[str, int], ...]:
-    fields = fmt.fields()
+    """The fields that a template reads; those of a format inside another one join them."""
+    fields: dict[str, object] = {}
+    for name, value in fmt.fields().items():
+        fields |= dict(_fields(value)) if isinstance(value, Format) else {name: value}
     if bad := [name for name, value in fields.items() if type(value) is not int]:
         value = fields[bad[0]]
         raise SpecError(f"{fmt.text()}: field {bad[0]!r} is {value!r}; templates read resolved integer fields only")
-    return tuple(fields.items())
+    return tuple(fields.items())  # type: ignore[arg-type]  # each value was found to be an int

@@ -51,6 +51,7 @@ class Trial:
         self.gm, self.ctx, self.kernels = gm, ctx, kernels
         self.seconds = Seconds()
         self._packs: dict[tuple[str, Format], Buffers] = {}
+        self._errors: dict[tuple[str, Format], float] = {}
         self._machine = ctx.target.machine_id()
 
     def decide(
@@ -60,6 +61,9 @@ class Trial:
         built = [c for c in proposal.candidates if isinstance(self.kernels.get(c.spec), Kernel)]
         if not built:
             return None, self._unbuilt(proposal)
+        built, refusal = self._tolerated(proposal, built)
+        if refusal is not None:
+            return None, refusal
         x = x.reshape(-1, x.shape[-1])
         residual = residual.reshape(x.shape[0], -1) if residual is not None else None
         begin = perf_counter()
@@ -87,6 +91,18 @@ class Trial:
         detail = str(self.kernels.get(spec, "no kernel was built")).splitlines()[0]
         return dense_row(proposal.fact, codes.BUILD_FAILED, variant=spec.variant, detail=detail)
 
+    def _tolerated(self, proposal: Proposal, built: list[Candidate]) -> tuple[list[Candidate], Row | None]:
+        """The candidates whose error to the original weight is allowed, or the row that says why none is."""
+        limit = self.ctx.options.tolerance
+        if limit is None:
+            return built, None
+        allowed = [c for c in built if self.error(proposal, c.format) <= limit]
+        if allowed:
+            return allowed, None
+        best = min(built, key=lambda c: self.error(proposal, c.format)).format
+        error = self.error(proposal, best)
+        return [], dense_row(proposal.fact, codes.TOLERANCE, factor=best.text(), error=error, tolerance=limit)
+
     # -- running -----------------------------------------------------------------------------------------------------
 
     def pack(self, proposal: Proposal, fmt: Format) -> Buffers:
@@ -104,6 +120,17 @@ class Trial:
             fmt.validate(packed, *proposal.fact.matrix)
             self._packs[key] = packed
         return self._packs[key]
+
+    def error(self, proposal: Proposal, fmt: Format) -> float:
+        """||unpacked - weight|| / ||weight|| (Frobenius): 0 for exact formats."""
+        if fmt.exact:
+            return 0.0
+        key = (proposal.fact.weight, fmt)
+        if key not in self._errors:
+            weight = self._operands(proposal)[0].double()
+            off = fmt.unpack(self.pack(proposal, fmt), *proposal.fact.matrix).double() - weight
+            self._errors[key] = float(off.norm() / weight.norm().clamp(min=torch.finfo(torch.float64).tiny))
+        return self._errors[key]
 
     def forget(self, keep: Sequence[Buffers]) -> None:
         """Drop the packed weights that nobody chose."""
@@ -127,12 +154,15 @@ class Trial:
         self, proposal: Proposal, candidate: Candidate, x: torch.Tensor, residual: torch.Tensor | None
     ) -> verify.Verdict:
         weight, bias = self._operands(proposal)
+        fmt, packed = candidate.format, self.pack(proposal, candidate.format)
+        if not fmt.exact:
+            weight = fmt.unpack(packed, *proposal.fact.matrix)
         with torch.inference_mode():
             y = self._sparse(proposal, candidate, x, residual)()
             rows = verify.sample(x.shape[0])
             rest = residual[rows] if residual is not None else None
-            stored = candidate.format.positions(self.pack(proposal, candidate.format), *proposal.fact.matrix)
-            return verify.check(y[rows], x[rows], weight, bias, proposal.fact.epilogue, rest, stored)
+            stored, blur = fmt.positions(packed, *proposal.fact.matrix), fmt.blur(x[rows])
+            return verify.check(y[rows], x[rows], weight, bias, proposal.fact.epilogue, rest, stored, blur)
 
     # -- timing ------------------------------------------------------------------------------------------------------
 
@@ -207,7 +237,7 @@ class Trial:
         size = sum(b.numel() * b.element_size() for b in buffers.values())
         changes |= {
             "decision": "sparse", "format": candidate.format.text(),
-            "nbytes": size + (row.dense_nbytes if ranges else 0),
+            "nbytes": size + (row.dense_nbytes if ranges else 0), "error": self.error(proposal, candidate.format),
         }  # fmt: skip
         return Choice(candidate.format, candidate.spec, buffers, ranges), _replace(row, changes)
 

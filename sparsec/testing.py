@@ -112,6 +112,8 @@ def _draw_format(rng: np.random.Generator, name: str, rows: int, cols: int) -> F
         return make(*((1, 2), (2, 4), (1, 4), (3, 8), (4, 8), (2, 16), (5, 16), (4, 32))[int(rng.integers(8))])
     if name == "fan_in":
         return make(int(rng.integers(1, min(cols, 40) + 1)), (None, 32)[int(rng.integers(2))]).resolve(rows, cols)
+    if name == "quantized":
+        return make(FORMATS["csr_groups"]((None, 7, 64, 255)[int(rng.integers(4))])).resolve(rows, cols)
     if name == "csr_groups":
         return make((None, 7, 64, 128, 255)[int(rng.integers(5))]).resolve(rows, cols)
     return make().resolve(rows, cols)
@@ -180,6 +182,8 @@ def make_weight(case: Case, data: Data) -> torch.Tensor:
     mask = torch.from_numpy(_obey(case.format, mask_of(data.pattern, case.rows, case.cols, data.density, rng)))
     values = _fill(data.values, (case.rows, case.cols), rng)
     values = torch.where(values == 0, torch.ones_like(values), values)
+    if not case.format.exact:  # codes stand for finite values only
+        values = torch.where(values.isfinite(), values, torch.ones_like(values))
     signed_zero = torch.where(values < 0, -0.0, 0.0).double()
     return torch.where(mask, values, signed_zero).to(DTYPES[case.dtype])
 
@@ -233,7 +237,10 @@ def call(
     finally:
         torch.set_num_threads(before)
     stored = case.format.positions(buffers, case.rows, case.cols)
-    return y, verify.check(y, x, weight, bias, case.epilogue, residual, stored)
+    if not case.format.exact:
+        weight = case.format.unpack(buffers, case.rows, case.cols)
+    blur = case.format.blur(x.reshape(-1, case.cols))
+    return y, verify.check(y, x, weight, bias, case.epilogue, residual, stored, blur)
 
 
 def failures(case: Case, data: Data, text: str) -> list[str]:

@@ -85,11 +85,13 @@ def check(
     steps: Sequence[Step] = (),
     residual: torch.Tensor | None = None,
     stored: torch.Tensor | None = None,
+    blur: torch.Tensor | None = None,
 ) -> Verdict:
     """Compare `y`, a kernel's (..., out) output, with epilogue(x @ weight^T + bias) in float64.
 
     x (..., in) and weight (out, in) in the kernel's dtype, `stored` as in `product`. NaN must meet NaN and an infinity
-    the same infinity.
+    the same infinity. `blur` [batch] is the error that the kernel may make in each activation of a row of x, where it
+    quantises them (`Format.blur`); rows that are not finite are then NaN.
     """
     x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
     if y.shape != (x.shape[0], weight.shape[0]):
@@ -105,7 +107,11 @@ def check(
         exact = product(x[part].double(), wide, stored)
         # The bound needs few digits, so its absolute product is taken in float32.
         size = product(x[part].abs().float(), weight.abs().float(), stored).double()
-        ratio = _ratio(y[part], exact, size, bias, steps, rest, longest)
+        more = None
+        if blur is not None:
+            exact[~torch.isfinite(x[part]).all(1)] = float("nan")
+            more = blur.double()[part, None] * wide.abs().sum(1)
+        ratio = _ratio(y[part], exact, size, bias, steps, rest, longest, more)
         if ratio.numel() and float(ratio.max()) > worst:
             flat = int(ratio.argmax())
             worst, place = float(ratio.max()), (start + flat // ratio.shape[1], flat % ratio.shape[1])
@@ -124,14 +130,19 @@ def _ratio(
     steps: Sequence[Step],
     residual: torch.Tensor | None,
     longest: int,
+    blur: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Error over bound, elementwise; Inf where a non-finite value does not meet its like. `size` is sum(|a * b|)."""
+    """Error over bound, elementwise; Inf where a non-finite value does not meet its like.
+
+    `size` is sum(|a * b|), `blur` what the product may be off by besides rounding.
+    """
     if bias is not None:
         exact += bias.double()
         size += bias.double().abs()
     for step in steps:
         if step.name == "scale":
             size *= abs(step.params[0])
+            blur = blur * abs(step.params[0]) if blur is not None else None
         elif step.name == "add" and residual is not None:
             size += residual.abs()
     want = apply_steps(steps, exact, residual)
@@ -139,6 +150,8 @@ def _ratio(
     stored = torch.finfo(y.dtype).eps
     count = longest + (bias is not None) + len(steps)
     bound = _LIPSCHITZ * (8 + 2 * count**0.5) * accumulate * size + 2 * stored * want.abs() + torch.finfo(y.dtype).tiny
+    if blur is not None:
+        bound += _LIPSCHITZ * blur
     got = y.double()
     same = (got == want) | (got.isnan() & want.isnan())
     # A sum that overflows the stored dtype is an infinity there and a large number in the oracle.

@@ -67,6 +67,10 @@ class Format:
         ones = torch.ones_like(buffers["values"], dtype=torch.int8)
         return self.unpack({**buffers, "values": ones}, rows, cols) != 0
 
+    def blur(self, x: torch.Tensor) -> torch.Tensor | None:
+        """How far kernels may round each activation of x (batch, in) before multiplying, [batch]; None: not at all."""
+        return None
+
     def nbytes(self, rows: int, cols: int, stored: int, itemsize: int) -> int:
         """Exact bytes of the buffers of a resolved format that stores `stored` values of `itemsize` bytes."""
         raise FormatError(f"{type(self).__name__} does not define nbytes(rows, cols, stored, itemsize)")
