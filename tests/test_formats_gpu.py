@@ -80,7 +80,8 @@ def test_corruption_is_refused_by_name(fmt: Format) -> None:
     weight = _two_of_four(_weight(3, 40, 96, 0.5, torch.float16))
     packed = fmt.pack(weight)
     for key, tensor in packed.items():
-        for bad in (tensor[:-1] if tensor.numel() else tensor.new_zeros(3), tensor.to(torch.int64), tensor.flatten()[:0]):
+        other = tensor[:-1] if tensor.numel() else tensor.new_zeros(3)
+        for bad in (other, tensor.to(torch.int64), tensor.flatten()[:0]):
             if bad.shape == tensor.shape and bad.dtype == tensor.dtype:
                 continue
             with pytest.raises(FormatError, match=fmt.name):

@@ -36,7 +36,9 @@ class GroupInt4(Format):
             return reason
         if dense.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return f"dtype {dense.dtype} is not quantised; valid: float32, float16, bfloat16"
-        return None if bool(torch.isfinite(dense).all()) else "it holds infinite or NaN values, which no code stands for"
+        if not bool(torch.isfinite(dense).all()):
+            return "it holds infinite or NaN values, which no code stands for"
+        return None
 
     def pack(self, dense: torch.Tensor, mask: torch.Tensor | None = None) -> Buffers:
         dense, kept = self.accept(dense, mask)

@@ -1,4 +1,4 @@
-"""SpQR: a weight of 3 bits and the few entries that 3 bits serve badly, in CSR (Dettmers et al., SpQR, ICLR 2024). Lossy."""
+"""SpQR: 3 bits for every value, CSR for the few that 3 bits serve badly (Dettmers et al., SpQR, ICLR 2024). Lossy."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class SpQR(Format):
     """Every aligned group of 16 inputs quantised to 3 bits, `permille` thousandths of all entries kept as they are.
 
     Outliers are the entries that a first quantisation misses most; scales are fitted again without them. Buffers:
-    `values` [outliers] and `indices` int32 [outliers], their columns; `pointers` int32 [rows + 1]; `scales` [rows, groups,
-    2], scale and minimum in the dtype of `values`; `codes` int16 [rows, groups, 3], 16 codes of 3 bits. An outlier
-    replaces the value of its code.
+    `values` [outliers] and `indices` int32 [outliers], their columns; `pointers` int32 [rows + 1]; `scales`
+    [rows, groups, 2], scale and minimum in the dtype of `values`; `codes` int16 [rows, groups, 3], 16 codes of 3 bits.
+    An outlier replaces the value of its code.
     """
 
     permille: int = 10
@@ -42,7 +42,9 @@ class SpQR(Format):
             return reason
         if dense.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return f"dtype {dense.dtype} is not quantised; valid: float32, float16, bfloat16"
-        return None if bool(torch.isfinite(dense).all()) else "it holds infinite or NaN values, which no code stands for"
+        if not bool(torch.isfinite(dense).all()):
+            return "it holds infinite or NaN values, which no code stands for"
+        return None
 
     def pack(self, dense: torch.Tensor, mask: torch.Tensor | None = None) -> Buffers:
         dense, kept = self.accept(dense, mask)

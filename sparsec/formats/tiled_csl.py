@@ -6,6 +6,7 @@ that values stay a parameter of their own; the bytes are the same.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,10 +29,10 @@ ROWS = (64, 128, 256)
 class TiledCSL(Format):
     """Tiles of `r` rows by 64 columns, each a list of its stored values and their places in the tile.
 
-    Buffers: `values` [stored]; `places` int16 [stored] (uint16 bit patterns): row * 64 + (column ^ 8 * (row % 8)), where
-    a kernel's tile in shared memory holds the entry; `pointers` int32 [tiles + 1], tiles by rows, multiples of 8. Padding
-    is zeros at places r * 64 to r * 64 + 63, behind the tile. Of 256 entries, lane l of a warp takes 8 l to 8 l + 7 and
-    stores one after the other; each time the 32 lanes hit 32 banks, where the pattern allows.
+    Buffers: `values` [stored]; `places` int16 [stored] (uint16 bit patterns): row * 64 + (column ^ 8 * (row % 8)),
+    where a kernel's tile in shared memory holds the entry; `pointers` int32 [tiles + 1], tiles by rows, multiples of 8.
+    Padding is zeros at places r * 64 to r * 64 + 63, behind the tile. Of 256 entries, lane l of a warp takes 8 l to
+    8 l + 7 and stores one after the other; each time the 32 lanes hit 32 banks, where the pattern allows.
     """
 
     r: int = 128
@@ -125,7 +126,9 @@ class TiledCSL(Format):
         ends = _check.pointers(self.name, buffers["pointers"], high * wide, values.numel())
         if (ends % RUN).any():
             at = int(np.argmax(ends % RUN != 0))
-            raise FormatError(f"{self.name}: buffer 'pointers' at position {at} holds {ends[at]}, not a multiple of {RUN}")
+            raise FormatError(
+                f"{self.name}: buffer 'pointers' at position {at} holds {ends[at]}, not a multiple of {RUN}"
+            )
         row, col, real = self._where(buffers, rows, cols)
         stored, limit = unsigned(places), self.r * TILE + TILE
         self._complain(stored, stored >= limit, f"valid: 0 to {limit - 1}")
@@ -160,8 +163,8 @@ class TiledCSL(Format):
 def _turns(banks: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(tile, bank, position) of every slot of some tiles with `banks` [tiles, 32] entries per bank, `size` in all.
 
-    Turn g of a tile is the g-th time that a warp stores: 32 lanes, fewer in the last chunk. Each turn takes one entry from
-    each of the fullest banks, which leaves no conflict wherever that is possible (the greedy of Gale and Ryser).
+    Turn g of a tile is the g-th time that a warp stores: 32 lanes, fewer in the last chunk. Each turn takes one entry
+    from each of the fullest banks, which leaves no conflict wherever that is possible (the greedy of Gale and Ryser).
     """
     left = banks.copy()
     whole, rest = size // CHUNK * RUN, size % CHUNK // RUN
@@ -192,7 +195,7 @@ def conflict_degrees(places: torch.Tensor, pointers: torch.Tensor) -> np.ndarray
     """
     stored, ends = unsigned(places).astype(np.int64), numpy_view(pointers)
     degrees = []
-    for begin, end in zip(ends[:-1], ends[1:], strict=True):
+    for begin, end in itertools.pairwise(ends):
         for chunk in range(int(begin), int(end), CHUNK):
             runs = stored[chunk : min(chunk + CHUNK, int(end))].reshape(-1, RUN)
             for turn in range(RUN):
