@@ -22,8 +22,8 @@ class GroupInt4(Format):
     """Aligned groups of 16 inputs of a row, stored when any entry is nonzero: w = scale * code + minimum.
 
     Buffers: `values` [groups, 2], scale and minimum; `codes` int16 [groups, 4], 16 codes of 4 bits, lowest first;
-    `indices` int32 [groups], the number of the group in its row; `pointers` int32 [rows + 1]. The whole of a stored group
-    counts as stored, and its zeros become the nearest code.
+    `indices` int32 [groups], the number of the group in its row; `pointers` int32 [rows + 1]. A stored group counts
+    as stored as a whole, and its zeros become the nearest code.
     """
 
     name: ClassVar[str] = "group_int4"
@@ -50,7 +50,8 @@ class GroupInt4(Format):
         parameters, codes = quantise(groups[row, group], real, BITS)
         counts = np.bincount(row.numpy(), minlength=rows).astype(np.int64)
         packed = {
-            "values": parameters, "codes": pack_bits(codes, BITS), "indices": group.int(), "pointers": pointers_of(counts),
+            "values": parameters, "codes": pack_bits(codes, BITS), "indices": group.int(),
+            "pointers": pointers_of(counts),
         }  # fmt: skip
         return {key: tensor.contiguous().to(dense.device) for key, tensor in packed.items()}
 

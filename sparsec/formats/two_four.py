@@ -23,8 +23,8 @@ class TwoFour(Format):
     """At most two values in each aligned group of four inputs, as `mma.sp` (PTX ISA, sparse matrix storage) takes them.
 
     Buffers: `values` [rows16, cols64 / 2], two for each group, ascending; `places` int16 [rows16, cols64 / 16] (uint16
-    bit patterns): for each of four groups, lowest first, two 2-bit places. rows16 and cols64 are rows and columns rounded
-    up to whole tiles of 16 and 64. Groups with fewer values are filled with zeros at their first free places.
+    bit patterns): for each of four groups, lowest first, two 2-bit places. rows16 and cols64 are rows and columns
+    rounded up to whole tiles of 16 and 64. Groups with fewer values are filled with zeros at their first free places.
     """
 
     name: ClassVar[str] = "two_four"
@@ -79,8 +79,8 @@ class TwoFour(Format):
         if bad.any():
             row, group = (int(i) for i in np.argwhere(bad)[0])
             raise FormatError(
-                f"{self.name}: buffer 'places' gives row {row}, group {group} the places {places[row, group].tolist()}; "
-                "valid: two that rise, 0 to 3"
+                f"{self.name}: buffer 'places' gives row {row}, group {group} the places {places[row, group].tolist()}"
+                "; valid: two that rise, 0 to 3"
             )
         set_entries = numpy_view(values).reshape(high, wide, 2) != 0
         beyond = set_entries & (places + 4 * np.arange(wide)[:, None] >= cols)
