@@ -16,6 +16,7 @@ SAYS = {
     "custom_pass": ("fold_scale: 0 multiplications left", "state dict unchanged: True"),
     "custom_format": ("windows(17)", "WIDTH = 17", "largest difference"),
     "encoder": ("encoder.layer.5.output.dense", "cosine to the unpruned", "dense eager", "packed"),
+    "shrink_cnn": ("inner.0: 24 channels", "is an output of the model", "half the channels", "fine-tuned"),
 }
 
 

@@ -182,9 +182,10 @@ def _settle(trace: Trace) -> np.ndarray[Any, Any]:
         for node, labels in several:
             relations.node = node
             dims = varying(compress(kept[labels]))
-            if len(dims) > 1:
+            if len(dims) > 1:  # what this decides, decides for later tensors too: solve again first
                 relations.collapse(labels, [d for d in varying(labels) if d != dims[0]])
                 changed = True
+                break
         for node, labels, dim in trace.picks:
             relations.node = node
             if not changed and dim in varying(compress(kept[labels])):

@@ -100,6 +100,10 @@ def move(t: Trace, node: fx.Node, args: dict[str, Any]) -> Result:
     if value.labels is None:
         return FIXED
     moved = node.target(value.labels, *node.args[1:], **node.kwargs)  # type: ignore[operator]
+    if opname(node) in ("aten::slice", "aten::narrow"):  # a slice of one index is a position
+        dim = (args.get("dim") or 0) % value.labels.dim()
+        if moved.shape[dim] == 1 and dim in varying(value.labels):
+            t.picks.append((node, value.labels, dim))
     if isinstance(moved, (list, tuple)):
         return [value_of(part, value.zero) for part in moved]
     return value_of(moved, value.zero)
