@@ -58,8 +58,8 @@ def csr_formats(problem: Problem, target: Target) -> tuple[Format, ...]:
 
 
 def csr_groups_formats(problem: Problem, target: Target) -> tuple[Format, ...]:
-    """Groups of four rows while its rows often meet in a column: at 15 % they do in a quarter of those in use."""
-    if problem.density < 0.15:
+    """Groups of four rows: down to 10 % nonzeros the loops without branches and the shared loads beat plain CSR."""
+    if problem.density < 0.08:
         return ()
     block = min(_block(problem, target), MAX_BLOCK)
     return (CSRGroups(block).resolve(problem.out_features, problem.in_features),)
