@@ -126,7 +126,7 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "grouped": (Grouped, IMAGE),
     "attention": (Attention, (2, 5, 6)),
 }
-TRANSFORMERS = ("resnet", "mobilenet", "vit", "llama", "gpt2", "bert")
+TRANSFORMERS = ("resnet", "mobilenet", "vit", "llama", "gpt2")
 
 
 def make(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, tuple[Any, ...]]:
@@ -152,7 +152,6 @@ def _from_config(name: str, dtype: torch.dtype) -> tuple[nn.Module, torch.Tensor
 
     image, tokens = torch.randn(1, 3, 32, 32, dtype=dtype), torch.randint(0, 40, (2, 5))
     common: dict[str, Any] = {"vocab_size": 40, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-    text: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4} | common
     if name == "resnet":
         config = hf.ResNetConfig(embedding_size=8, hidden_sizes=[16, 24], depths=[2, 1], layer_type="bottleneck")
         return hf.ResNetForImageClassification(config), image
@@ -170,9 +169,14 @@ def _from_config(name: str, dtype: torch.dtype) -> tuple[nn.Module, torch.Tensor
         )
         return hf.ViTForImageClassification(config), image
     if name == "llama":
-        config = hf.LlamaConfig(intermediate_size=48, num_key_value_heads=2, **text)
+        config = hf.LlamaConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=48,
+            **common,
+        )
         return hf.LlamaForCausalLM(config), tokens
-    if name == "gpt2":
-        config = hf.GPT2Config(n_embd=32, n_layer=1, n_head=4, n_positions=16, **common)
-        return hf.GPT2LMHeadModel(config), tokens
-    return hf.BertModel(hf.BertConfig(intermediate_size=48, **text)), tokens
+    config = hf.GPT2Config(n_embd=32, n_layer=1, n_head=4, n_positions=16, **common)
+    return hf.GPT2LMHeadModel(config), tokens

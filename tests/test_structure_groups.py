@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,24 +25,29 @@ def groups_of(model: nn.Module, *inputs: torch.Tensor) -> dict[str, Group]:
     return {g.name: g for g in dependency_groups(model, inputs)}
 
 
+@cache
+def plain() -> dict[str, Group]:
+    return groups_of(Plain(), IMAGE)
+
+
 def singles(count: int, start: int = 0) -> tuple[tuple[int, ...], ...]:
     return tuple((start + i,) for i in range(count))
 
 
 def test_a_channel_takes_its_norm_and_its_reader_along():
-    groups = groups_of(Plain(), IMAGE)
+    groups = plain()
     params = ["first.weight", "first.bias", "norm.weight", "norm.bias", "norm.running_mean", "norm.running_var"]
     want = {(name, 0): singles(8) for name in params} | {("second.weight", 1): singles(8)}
     assert slices(groups["first"]) == want and groups["first"].prunable and groups["first"].kind == "channels"
 
 
 def test_flatten_gives_each_channel_a_run_of_inputs():
-    group = groups_of(Plain(), IMAGE)["second"]
+    group = plain()["second"]
     assert slices(group)["head.weight", 1] == tuple(tuple(range(4 * c, 4 * c + 4)) for c in range(6))
 
 
 def test_inputs_and_outputs_are_fixed_and_say_where():
-    groups = groups_of(Plain(), IMAGE)
+    groups = plain()
     assert "is an output of the model" in groups["head"].fixed and not groups["head"].permutable
     assert "fixed" in groups["first#2"].fixed and "structure_models.py:" in groups["first#2"].fixed
     assert list(slices(groups["first#2"])) == [("first.weight", 1)]
