@@ -57,7 +57,7 @@ def embed(model: torch.nn.Module, data: list[dict[str, torch.Tensor]]) -> torch.
 
 def main(name: str, quick: bool) -> None:
     tokenizer, dense = AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name).eval()
-    texts, (count, length) = docstrings(), (24, 32) if quick else (256, 128)
+    texts, (count, length) = docstrings(), (12, 32) if quick else (256, 128)
     seen, held = texts[::2][:count], texts[1::2][: count // 2]
     calibration, unseen = batches(tokenizer, seen, length), batches(tokenizer, held, length)
     tokens = sum(int(b["attention_mask"].sum()) for b in calibration)
@@ -67,14 +67,13 @@ def main(name: str, quick: bool) -> None:
         for label, method in METHODS.items():
             begin, busy = time.perf_counter(), time.process_time()
             pruned = sparsec.sparsify(dense, method(target), data=calibration, where=where)
-            seconds = f"{time.perf_counter() - begin:6.1f} s, {time.process_time() - busy:6.1f} s of CPU"
+            wall, cpu = time.perf_counter() - begin, time.process_time() - busy
             cosine = (embed(pruned, unseen) * original).sum(-1).mean()
-            print(f"{target!s:>14} {label:<18} cosine {cosine:.4f}  {seconds}", flush=True)
+            print(f"{target!s:>14} {label:<18} cosine {cosine:.4f} {wall:6.1f} s, {cpu:6.1f} s of CPU", flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("model", nargs="?", help="default: the packaged MiniLM-L6")
     parser.add_argument("--quick", action="store_true", help="one sparsity, one layer, little and short text")
-    options = parser.parse_args()
-    main(options.model or packaged(), options.quick)
+    main((options := parser.parse_args()).model or packaged(), options.quick)
