@@ -28,7 +28,8 @@ Refuse = Callable[[Problem, Format, Target], "str | None"]
 class Variant:
     """One line of the catalogue: a template, what it can compute, and the choices worth timing.
 
-    `template` is a file of `sparsec.templates`, or the absolute path of a user's own. `isas` is best first. `steps` are
+    `template` is a file of `sparsec.templates`, or the absolute path of a user's own; a backend that prints without
+    templates needs none. `isas` is best first. `steps` are
     the epilogue steps that the template knows. `choose(problem, format, target, isa)` gives (plan, tile) pairs,
     preferred first; `candidates(problem, target)` the resolved formats worth packing; `needs` a reason to refuse beyond
     the general ones. The defaults suit a kernel with one way to run.
@@ -37,7 +38,7 @@ class Variant:
     name: str
     op: str
     format: str
-    template: str
+    template: str = ""
     language: str = "c"
     dtypes: tuple[str, ...] = ("float32",)
     isas: tuple[str, ...] = ("portable",)
@@ -232,7 +233,9 @@ def _check_variant(new: Variant) -> None:
     place = Path(new.template)
     if place.is_absolute() and not place.is_file():
         raise SpecError(f"variant {new.name!r}: there is no template {new.template}")
-    if not place.is_absolute() and ("/" in new.template or not new.template.endswith(".jinja")):
+    if not new.template and new.language in ("c", "cuda"):
+        raise SpecError(f"variant {new.name!r}: {new.language} kernels are printed from a template, and it names none")
+    if new.template and not place.is_absolute() and ("/" in new.template or not new.template.endswith(".jinja")):
         raise SpecError(f"variant {new.name!r}: template must be an absolute path or a file of sparsec.templates")
     for kind, given, known in (("instruction set", new.isas, (*ISAS, *ARCHITECTURES)), ("dtype", new.dtypes, DTYPES)):
         if not given:

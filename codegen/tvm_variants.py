@@ -19,7 +19,7 @@ def panels(problem: Problem, fmt: Format, target: Target, isa: str) -> tuple[tup
 
 def _variant(name: str, candidates: object = plans.no_formats) -> Variant:
     return Variant(
-        f"linear_{name}_tvm", "linear", name, template="", language="tvm", isas=_ISAS, choose=panels,
+        f"linear_{name}_tvm", "linear", name, language="tvm", isas=_ISAS, choose=panels,
         candidates=candidates,  # type: ignore[arg-type]
     )  # fmt: skip
 
@@ -28,5 +28,5 @@ VARIANTS: tuple[Variant, ...] = (
     _variant("csr", plans.csr_formats),
     _variant("bsr", plans.bsr_formats),
     _variant("nm"),
-    _variant("dense"),
+    _variant("fan_in"),
 )

@@ -115,20 +115,20 @@ def _nm(spec: KernelSpec, f: dict[str, int]) -> Walk:
     )  # fmt: skip
 
 
-def _dense(spec: KernelSpec, f: dict[str, int]) -> Walk:
-    out, inp = spec.out_features, spec.in_features
-    rows = next(g for g in (4, 3, 2, 1) if out % g == 0)
+def _fan_in(spec: KernelSpec, f: dict[str, int]) -> Walk:
+    count, bits, inp = f["k"], f["index_bits"], spec.in_features
+    shape = f"({spec.out_features}, {count})"
     return Walk(
-        rows=rows, inner=1, block=inp, blocks=1, padded=inp,
-        begin=lambda g, b: f"({b}) * {inp}",
-        weight=lambda g, p, i, c: f"values[{g} * {rows} + {i}, {p}]",
-        column=lambda g, p, c: p,
-        count=lambda row: f"{inp}",
+        rows=1, inner=1, block=inp, blocks=1, padded=inp,
+        begin=lambda g, b: f"({b}) * {count}",
+        weight=lambda g, p, i, c: f"values[{g}, {p}]",
+        column=lambda g, p, c: _index(bits, f"indices[{g}, {p}]"),
+        count=lambda row: f"{count}",
         flat_weight=lambda row, e: f"values[{row}, {e}]",
-        flat_column=lambda row, e: e,
-        arguments=(("values", spec.dtype, f"({out}, {inp})"),),
-        stored=f"T.int64({out * inp})",
+        flat_column=lambda row, e: _index(bits, f"indices[{row}, {e}]"),
+        arguments=(("values", spec.dtype, shape), ("indices", f"int{bits}", shape)),
+        stored=f"T.int64({spec.out_features * count})",
     )  # fmt: skip
 
 
-_WALKS = {"csr": _csr, "bsr": _bsr, "nm": _nm, "dense": _dense}
+_WALKS = {"csr": _csr, "bsr": _bsr, "nm": _nm, "fan_in": _fan_in}

@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sparsec import verify
 from sparsec.codegen import catalog, toolchain
 from sparsec.codegen.kernel import DTYPES, KernelSpec
 from sparsec.codegen.render import render
 from sparsec.target import ISAS, Target
-from sparsec.testing import Case, Data, draw_case, draw_data, make_input, make_weight
+from sparsec.testing import Case, Data, draw_case, draw_data, judge, make_input, make_weight
 
 DRIVER = Path(__file__).parent / "sanitizer_driver.c"
 FLAGS = {
@@ -113,6 +112,5 @@ def run(program: Path, case: Case, data: Data, threads: int, low: bool) -> list[
     if done.returncode or done.stderr.strip():
         return [f"status {done.returncode}: {done.stderr[:1500]}"]
     y = torch.frombuffer(bytearray(out.read_bytes()), dtype=dtype).view(shape) if y.numel() else y
-    stored = case.format.positions(buffers, case.rows, case.cols)
-    verdict = verify.check(y, x, weight, bias, case.epilogue, residual, stored)
+    verdict = judge(case, y, x, weight, buffers, bias, residual)
     return [] if verdict.ok else [verdict.sentence]

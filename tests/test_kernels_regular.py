@@ -136,7 +136,7 @@ def test_one_thread_and_three_give_the_same_bits(which: int) -> None:
         (7, {"values": lambda t: t[:-1]}, "the last of pointers does not match"),
         (7, {"counts": lambda t: t[:-1]}, "counts has the wrong number of elements"),
         (7, {"starts": lambda t: t[:-1]}, "starts has the wrong number of elements"),
-        (7, {"indices": lambda t: t[:-1]}, "the last start does not match the size of indices"),
+        (7, {"indices": lambda t: t[:-1]}, "the last of starts does not match the number of entries"),
     ],
 )
 def test_entry_refuses_buffers_of_other_sizes(which: int, change: dict[str, object], message: str) -> None:

@@ -83,14 +83,17 @@ HASHES = """
 import hashlib, tiny_kernel
 from sparsec.codegen import catalog, render
 from sparsec.codegen.kernel import Problem, Step
-from sparsec.formats import BSR
+from sparsec.formats import BSR, NM, FanIn
+from sparsec.formats.csr_groups import CSRGroups
+from sparsec.formats.quantized import Quantized
 from sparsec.target import ISAS, Target
 texts = [render.render(tiny_kernel.spec(n)).text for n in range(3)]
 for isa in ISAS.values():
     target = Target("x86_64", isa.features)
     for v in catalog.CATALOG:
         problem = Problem("linear", 40, 70, v.dtypes[0], 700, True, (Step("clamp", (0.0, 6.0)),))
-        formats = v.formats(problem, target) or [BSR(4, 4)]
+        known = [f for f in (BSR(4, 4), FanIn(18), NM(2, 7), CSRGroups(), Quantized()) if f.name == v.format]
+        formats = [f for f in v.formats(problem, target) or known if v.refuse(problem, f, target) is None]
         texts += [render.render(s).text for f in formats for s in v.specs(problem, f, target)]
 print(len(texts), hashlib.sha256(repr(texts).encode()).hexdigest())
 """
@@ -179,7 +182,7 @@ def test_packaged_templates_keep_the_rules(path: Path) -> None:
     text = path.read_text()
     environment().get_template(path.name)  # parses
     assert not re.search(r"\|\s*(default|d|safe)\b", text)
-    if not path.name.startswith("_"):
+    if not path.name.startswith(("_", "export_")):  # macros, and the files around exported kernels
         first = re.search(r"\$\{\s*([a-z_.]+)\(", text)
         assert first and first[1] in ("require", "linear.check"), "a template refuses before it prints anything"
         assert path.name in {v.template for v in catalog.builtin()}, "a template without a line in the catalogue"

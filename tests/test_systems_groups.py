@@ -1,0 +1,259 @@
+"""More published systems that the sparsifiers implement: groups, masks, edges, and searches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from test_systems_sparsifiers import accuracy, digits, mlp, train, zeros
+from torch import nn
+
+from sparsec.sparsifiers import (
+    Calibration,
+    Compose,
+    Fairness,
+    Magnitude,
+    Random,
+    Sample,
+    SparseUpdate,
+    calibrate,
+    sparsify,
+)
+from sparsec.sparsifiers.evaluate import agreement, class_gaps, random_search
+from sparsec.sparsifiers.fine_tuning import PartialLinear
+from sparsec.sparsifiers.gradients import log_likelihoods
+from sparsec.sparsifiers.gradual import apply_delta, selective_decay
+from sparsec.sparsifiers.layers import find_layers
+from sparsec.sparsifiers.scores import EdgeDegree, SketchProbability, edge_degrees
+from sparsec.sparsifiers.selectors import envelope_prox, envelope_weights
+from sparsec.sparsifiers.variational import VariationalDropout, VariationalLinear
+
+# WGSEF
+
+
+@pytest.mark.parametrize("lam", [0.1, 1.0, 10.0])
+def test_wgsef_prox_is_the_numeric_minimiser(lam: float) -> None:
+    from scipy.optimize import minimize
+
+    v, k = torch.randn(5, 3, dtype=torch.float64), 2
+    found = envelope_prox(v, k, lam)
+    squares = v.square().sum(1).numpy()
+    # for given shares u the prox is v u / (u + lam), and its value lam / 2 * sum |v|^2 / (u + lam)
+    value = lambda u: float(lam / 2 * (squares / (u + lam)).sum())  # noqa: E731
+    best = minimize(
+        value, np.full(5, k / 5), jac=lambda u: -lam / 2 * squares / (u + lam) ** 2, bounds=[(0, 1)] * 5,
+        constraints={"type": "ineq", "fun": lambda u: k - u.sum(), "jac": lambda u: -np.ones(5)}, method="SLSQP",
+        options={"ftol": 1e-16, "maxiter": 500},
+    )  # fmt: skip
+    shares = envelope_weights(np.sqrt(squares), k, lam)
+    assert value(shares) <= best.fun + 1e-9 and shares.sum() == pytest.approx(k)
+    np.testing.assert_allclose(shares, best.x, atol=2e-4)
+    torch.testing.assert_close(found, v * torch.from_numpy(shares / (shares + lam))[:, None], atol=1e-6, rtol=0)
+    torch.testing.assert_close(envelope_prox(v, 5, lam), v / (1 + lam))  # all groups: the ridge prox
+
+
+def test_wgsef_reaches_exactly_k_groups_as_it_grows() -> None:
+    v = torch.randn(12, 4, dtype=torch.float64)
+    alive = [int((envelope_prox(v, 3, lam).abs().sum(1) > 0).sum()) for lam in (0.01, 0.1, 1.0, 10.0, 1e3)]
+    assert alive == sorted(alive, reverse=True) and alive[-1] == 3 and alive[0] > 3
+
+
+# FISH mask
+
+
+def test_fish_mask_scores_and_fixed_updates() -> None:
+    x = digits()[0]
+    model = mlp(0, 16)
+    data = Calibration([x[:24]], loss=log_likelihoods)
+    scores = {s: t.get("fisher") for s, t in calibrate(model, data, needs=("fisher",)).items() if t is not None}
+    assert set(scores) == {"0", "2", "4"}
+    update = SparseUpdate.top(model, scores, 0.01)
+    before = [p.detach().clone() for p in model.parameters()]
+    train(model, 20, update.step)
+    changed = sum(int((a != b).sum()) for a, b in zip(before, model.parameters()))
+    allowed = sum(int(m.sum()) for m in update.masks.values())
+    assert allowed == round(0.01 * sum(s.numel() for s in scores.values())) and 0 < changed <= allowed
+    delta = update.delta()
+    assert sum(i.nbytes + v.nbytes for i, v in delta.values()) == 8 * allowed
+    fresh = mlp(0, 16)
+    apply_delta(fresh, delta)
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), model.parameters()))
+
+
+# S2FT
+
+
+def test_s2ft_trains_a_slice_and_saves_its_activations_alone() -> None:
+    linear, columns = nn.Linear(32, 8), [3, 17, 29, 5]
+    partial, x = PartialLinear(linear, columns), torch.randn(10, 32, requires_grad=True)
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = partial(x)
+    torch.testing.assert_close(out, linear(x))
+    activations = [t for t in saved if t.dim() == 2 and t.shape[0] == 10]
+    assert [tuple(t.shape) for t in activations] == [(10, 4)]
+    out.square().sum().backward()
+    own, back = partial.slice.grad, x.grad
+    x.grad = None
+    linear(x).square().sum().backward()
+    torch.testing.assert_close(own, linear.weight.grad[:, columns])
+    torch.testing.assert_close(back, x.grad)
+    with torch.no_grad():
+        partial.slice.add_(0.1)
+    merged = partial.merged()
+    torch.testing.assert_close(merged(x), partial(x))
+    merged.weight.data[:, columns] -= partial.adapter()
+    torch.testing.assert_close(merged.weight, linear.weight)
+
+
+# TEDDY
+
+
+def test_teddy_edge_scores_and_counts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    upper = (torch.rand(20, 20, generator=generator) < 0.3).triu(1).float()
+    adjacency = upper + upper.T
+    degree = adjacency.sum(1)
+    expected = torch.zeros(20, 20)
+    for i in range(20):
+        for j in range(20):
+            if adjacency[i, j]:
+                g = [sum(degree[u] ** -0.5 for u in adjacency[n].nonzero()[:, 0]) / degree[n] for n in (i, j)]
+                expected[i, j] = g[0] / degree[i] * g[1] / degree[j]
+    torch.testing.assert_close(edge_degrees(adjacency).float(), expected, rtol=1e-5, atol=1e-7)
+    looped = nn.Linear(20, 20, bias=False)
+    looped.weight = nn.Parameter(adjacency + torch.eye(20))
+    edges, target = int((looped.weight != 0).sum()), 0.8
+    pruned = sparsify(looped, Compose(target, EdgeDegree())).weight
+    assert zeros(pruned) == round(target * 400) and int((pruned != 0).sum()) < edges
+    assert bool((pruned.diagonal() == 1).all())  # self-loops stay
+
+
+# Pruning at initialisation as sketching
+
+
+def test_sketching_is_unbiased_and_its_error_falls_with_the_budget() -> None:
+    layer, x = nn.Linear(32, 16, bias=False), torch.randn(32)
+    full, errors = layer(x).detach(), []
+    for sparsity in (0.75, 0.5, 0.25):
+        method = [Compose(sparsity, SketchProbability(with_data=True), choose=Sample(s)) for s in range(150)]
+        products = torch.stack([sparsify(layer, m, data=x[None])(x).detach() for m in method])
+        sigma = products.std(0) / len(products) ** 0.5
+        assert bool(((products.mean(0) - full).abs() <= 3.5 * sigma + 1e-6).all())
+        errors.append(float((products - full).square().sum(1).mean()))
+        # k draws with replacement, p ~ |w x|, would err by (sum |w x|)^2 / k at most; a sample without errs less
+        terms = (layer.weight.detach() * x).abs().sum()
+        assert errors[-1] <= float(terms) ** 2 / (512 * (1 - sparsity))
+    assert errors == sorted(errors, reverse=True)
+
+
+# Irrelevant weights
+
+
+def test_selective_decay_of_nothing_is_sgd_and_of_something_shrinks_what_does_not_matter() -> None:
+    plain, decayed = mlp(0, 16), mlp(0, 16)
+    train(plain, 5)
+    train(decayed, 5, before=lambda: selective_decay(find_layers(decayed), 0.0))
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), decayed.parameters()))
+    model = mlp(0)
+    train(model, 250, before=lambda: selective_decay(find_layers(model), 0.02))
+    plain = train(mlp(0), 250)
+    rows = [accuracy(sparsify(m, Magnitude(0.9, scope="global"))) for m in (model, plain)]
+    assert rows[0] > rows[1]
+
+
+# Balancing Act
+
+
+def test_balancing_act_multipliers_rise_on_violated_groups_only() -> None:
+    fair = Fairness([1.0, 1.0, 1.0], tolerance=0.05, rate=0.5)
+    groups = torch.tensor([0, 0, 1, 1, 2, 2])
+    fair.observe(groups, torch.tensor([True, True, True, True, False, False]))
+    assert fair.multipliers[2] > 0 and bool((fair.multipliers[:2] == 0).all())
+    losses = torch.tensor([0.0, 0.0, 0.0, 0.0, 3.0, 3.0])
+    assert float(fair.loss(losses, groups)) > float(losses.mean())
+    assert float(Fairness([1.0] * 3).loss(losses, groups)) == float(losses.mean())
+
+
+def test_balancing_act_lowers_the_worst_excess_gap_on_digits() -> None:
+    x, y, test_x, test_y = digits()
+    dense = train(mlp(0), 200)
+    with torch.no_grad():
+        reference, before = dense(x).argmax(1), dense(test_x).argmax(1)
+    rates = [float((reference[y == c] == c).float().mean()) for c in range(10)]
+    found = []
+    for fair in (None, Fairness(rates, 0.0, 0.005, buffer=100)):
+        model = sparsify(dense, Magnitude(0.9))
+        keep = [(m.weight, m.weight != 0) for m in model if isinstance(m, nn.Linear)]
+
+        def loss(output: torch.Tensor, labels: torch.Tensor, fair: Fairness | None = fair) -> torch.Tensor:
+            losses = nn.functional.cross_entropy(output, labels, reduction="none")
+            if fair is None:
+                return losses.mean()
+            fair.observe(labels, output.argmax(1) == labels)
+            return fair.loss(losses, labels)
+
+        train(model, 150, lambda keep=keep: [w.data.mul_(m) for w, m in keep], loss=loss)  # type: ignore[misc]
+        with torch.no_grad():
+            found.append(class_gaps(y, reference, model(x).argmax(1)))
+    assert len(before) == len(test_y)
+    assert found[1].worst_excess < found[0].worst_excess and found[1].overall < found[0].overall + 0.01
+
+
+# Sparsified model twins
+
+
+def population() -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Small nets of varied quality, each with a twin trained with variational dropout."""
+    for seed in range(4):
+        torch.manual_seed(seed)
+        plain = nn.Sequential(nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 10))
+        twin = nn.Sequential(VariationalLinear.of(plain[0]), nn.ReLU(), VariationalLinear.of(plain[2]))
+
+        def loss(output: torch.Tensor, labels: torch.Tensor, twin: nn.Sequential = twin) -> torch.Tensor:
+            cost = nn.functional.cross_entropy(output, labels)
+            return cost + 1e-2 / len(labels) * (twin[0].penalty() + twin[2].penalty())
+
+        steps = 40 * (seed + 1)
+        yield train(plain, steps, seed=seed), train(twin, steps, seed=seed, loss=loss).eval()
+
+
+def test_twins_agreement_with_their_originals() -> None:
+    _, _, x, _ = digits()
+    dense_rates, pruned_rates = [], []
+    for plain, twin in population():
+        dense = plain(x).argmax(1)
+        kappas = [agreement(dense, sparsify(plain, Magnitude(s))(x).argmax(1)) for s in (0.3, 0.6, 0.9)]
+        assert kappas == sorted(kappas, reverse=True) and kappas[0] > 0.8
+        dropped = sparsify(twin, VariationalDropout.trained(0.5, twin))
+        assert agreement(twin(x).argmax(1), dropped(x).argmax(1)) > 0.5
+        assert zeros(dropped[0].weight) == round(0.5 * 64 * 24)
+        dense_rates.append(accuracy(plain))
+        pruned_rates.append(accuracy(sparsify(plain, Magnitude(0.5))))
+    assert np.corrcoef(dense_rates, pruned_rates)[0, 1] > 0
+
+
+# Random search
+
+
+def test_random_search_gains_nothing_over_a_random_mask() -> None:
+    x, y, _, _ = digits()
+
+    def start(model: nn.Module) -> float:
+        with torch.no_grad():
+            return float(nn.functional.cross_entropy(model(x), y))
+
+    gains = []
+    for seed in range(3):
+        candidates = [sparsify(mlp(seed), Random(0.8, seed=10 * seed + i)) for i in range(8)]
+        best, losses = random_search(mlp(seed), candidates, start)
+        assert losses[candidates.index(best)] == min(losses.values())  # type: ignore[arg-type]
+        rates = []
+        for model in (best, candidates[0]):
+            keep = [(m.weight, m.weight != 0) for m in model if isinstance(m, nn.Linear)]  # type: ignore[union-attr]
+            train(model, 200, lambda keep=keep: [w.data.mul_(m) for w, m in keep], seed=seed)  # type: ignore[misc]
+            rates.append(accuracy(model))
+        gains.append(rates[0] - rates[1])
+    assert abs(np.mean(gains)) < 0.02, gains
