@@ -169,8 +169,8 @@ def panel(s: Shape, nc: int) -> str:
     else:
         lines = [f"for ch in T.serial(T.truncdiv(r1 - r0 + {chunk - 1}, {chunk})):", *("    " + b for b in bounds)]
         lines += [f"    for st in T.serial({-(-blocks // step)}):"]
-        inner = (f"b0 = T.Bind(st * {step})", f"b1 = T.Bind(T.min({blocks}, b0 + {step}))")
-        inner = (*inner, f"at = T.Bind(b0 * {s.walk.block})", pack, FENCE_CALL, rows, FENCE_CALL)
+        inner = [f"b0 = T.Bind(st * {step})", f"b1 = T.Bind(T.min({blocks}, b0 + {step}))"]
+        inner += [f"at = T.Bind(b0 * {s.walk.block})", pack, FENCE_CALL, rows, FENCE_CALL]
         lines += ["        " + line for line in inner]
         lines += ["    " + finish, f"    {FENCE_CALL}"]
     body = f'scratch = T.decl_buffer(({s.scratch()},), "float32", data=scratch_data)\n' + "\n".join(lines)

@@ -134,7 +134,8 @@ class _Store:
             raise SpecError(
                 f"tensor {name!r} has layout {value.layout} or is quantised; saved models hold plain tensors"
             )
-        order = sorted(range(value.dim()), key=lambda d: -value.stride(d))
+        strides = value.stride()
+        order = sorted(range(value.dim()), key=lambda d: -strides[d])
         permuted = value.permute(order)
         natural = value.is_contiguous() or not permuted.is_contiguous()
         flat = (value if natural else permuted).to("cpu").contiguous()

@@ -148,7 +148,7 @@ def _read_about(node: fx.Node, about: Any) -> None:
 def _read_fact(data: Any) -> Fact:
     keys = ("site", "op", "module", "weight", "bias", "shape", "dtype", "nnz", "epilogue")
     table(data, "site", keys)
-    names = {key: text(data[key], key, 10_000) for key in ("site", "op", "module", "weight", "dtype")}
+    names: dict[str, Any] = {key: text(data[key], key, 10_000) for key in ("site", "op", "module", "weight", "dtype")}
     shape = tuple(integer(s, "shape") for s in sequence(data["shape"], "shape"))
     steps = []
     for item in sequence(data["epilogue"], "epilogue"):

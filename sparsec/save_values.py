@@ -226,7 +226,7 @@ def decode_tree(data: Any, depth: int = 0) -> pytree.TreeSpec:
     if "keys" not in data:
         return pytree.TreeSpec(_CONTAINERS[name], None, children)
     keys = sequence(data["keys"], "keys of a tree")
-    if not all(type(k) is int or (type(k) is str and len(k) < 1000) for k in keys):
+    if any(type(k) not in (int, str) or len(str(k)) >= 1000 for k in keys):
         raise LoadError("keys of a dict in a tree are texts and integers")
     _count(keys, children)
     return pytree.TreeSpec(_CONTAINERS[name], list(keys), children)
@@ -241,7 +241,7 @@ def model_output(kind: Any) -> bool:
     """Whether a class is an output dataclass of transformers itself."""
     if not isinstance(kind, type) or not _MODULE.fullmatch(kind.__module__):
         return False
-    from transformers.utils import ModelOutput
+    from transformers.utils.generic import ModelOutput
 
     return issubclass(kind, ModelOutput) and dataclasses.is_dataclass(kind)
 
@@ -252,9 +252,10 @@ def _output_class(where: Any, keys: list[str]) -> type:
     if not _MODULE.fullmatch(module) or not re.fullmatch(r"[A-Z][A-Za-z0-9]{0,120}", name):
         raise LoadError(f"{where!r:.80} is no output class: a saved model names those of transformers only")
     try:
-        found = getattr(importlib.import_module(module), name, None)
+        found: Any = getattr(importlib.import_module(module), name, None)
     except ImportError:
         return dict
     if not model_output(found) or not set(keys) <= {f.name for f in dataclasses.fields(found)}:
         return dict
-    return found  # type: ignore[no-any-return]
+    kind: type = found
+    return kind

@@ -113,7 +113,8 @@ def _draw_format(rng: np.random.Generator, name: str, rows: int, cols: int) -> F
     if name == "fan_in":
         return make(int(rng.integers(1, min(cols, 40) + 1)), (None, 32)[int(rng.integers(2))]).resolve(rows, cols)
     if name == "quantized":
-        return make(FORMATS["csr_groups"]((None, 7, 64, 255)[int(rng.integers(4))])).resolve(rows, cols)
+        inner: Callable[..., Format] = FORMATS["csr_groups"]
+        return make(inner((None, 7, 64, 255)[int(rng.integers(4))])).resolve(rows, cols)
     if name == "csr_groups":
         return make((None, 7, 64, 128, 255)[int(rng.integers(5))]).resolve(rows, cols)
     return make().resolve(rows, cols)

@@ -131,7 +131,7 @@ class Residual(nn.Module):
             return old + self.act(y)
         if self.kind == 2:
             y += old
-            return y
+            return y  # type: ignore[no-any-return]
         return torch.add(y, old, alpha=2)
 
 
@@ -226,8 +226,8 @@ class InPlace(nn.Module):
         if self.kind == 2:
             z = y.clone()
             z[:, 0] = 0.0
-            return z + y
-        return y.clamp_(min=-1.0, max=1.0) - old
+            return z + y  # type: ignore[no-any-return]
+        return y.clamp_(min=-1.0, max=1.0) - old  # type: ignore[no-any-return]
 
 
 class Convolution(nn.Module):
@@ -362,7 +362,9 @@ def _state(net: nn.Module, cm: nn.Module, before: dict[str, torch.Tensor]) -> st
 
 def shrink(plan: Plan) -> Plan:
     """A shallower or simpler plan that still fails."""
-    for change in ({"dynamic": False}, {"order": 0}, *({"depth": d} for d in range(1, plan.depth))):
+    changes: list[dict[str, Any]] = [{"dynamic": False}, {"order": 0}]
+    changes += [{"depth": d} for d in range(1, plan.depth)]
+    for change in changes:
         smaller = dataclasses.replace(plan, **change)
         if smaller != plan and failure(smaller):
             return shrink(smaller) if "depth" not in change else smaller

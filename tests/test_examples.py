@@ -18,7 +18,6 @@ SAYS = {
     "custom_format": ("windows(17)", "WIDTH = 17", "largest difference"),
     "encoder": ("encoder.layer.5.output.dense", "cosine to the unpruned", "dense eager", "packed"),
     "prune_minilm": ("calibration:", "held out:", "cosine"),
-    "custom_backend": ("numpy", "largest difference"),
     "shrink_cnn": ("inner.0: 24 channels", "is an output of the model", "half the channels", "fine-tuned"),
 }
 
