@@ -1,4 +1,4 @@
-"""A back end of one's own: the kernels of a format become Python files, checked, timed and cached like any others.
+"""A back end of one's own: kernels that are Python files full of numpy, checked, timed and cached like any others.
 
 A back end has a name, which variants give as their `language`, and three steps: `render` prints a kernel from its
 KernelSpec, `build` turns the text into a file of the cache, `load` makes a callable of the file.
@@ -18,23 +18,23 @@ from sparsec.codegen.kernel import Kernel, KernelSpec, Source
 from sparsec.formats import NM
 from sparsec.target import Target
 
-STEPS = {"relu": "torch.relu(s)", "tanh": "torch.tanh(s)", "scale": "s * {0!r}", "add": "s + residual"}
+STEPS = {"relu": "np.maximum(s, 0)", "tanh": "np.tanh(s)", "scale": "s * {0!r}", "add": "s + residual.numpy()"}
 
 
-class Python(sparsec.Backend):
-    """Prints a function of torch calls. `available()`, which this one inherits, could say what to install."""
+class Numpy(sparsec.Backend):
+    """Prints a function of numpy calls. `available()`, which this one inherits, could say what to install."""
 
-    name = "python"
+    name = "numpy"
 
     def render(self, spec: KernelSpec) -> Source:
         """The text: it may depend on the spec alone, since equal specs must print equal bytes in every process."""
         lines = [
-            "import torch",
+            "import numpy as np",
             f"def {spec.symbol}(x, y, bias, residual, values, places):",
-            f"    columns = places.long() + {dict(spec.fields)['m']} * torch.arange(places.shape[1])[:, None]",
-            "    s = (x[..., columns.flatten(1)] * values.flatten(1)).sum(-1)" + (" + bias" if spec.bias else ""),
+            f"    at = places.numpy() + {dict(spec.fields)['m']} * np.arange(places.shape[1])[:, None]",
+            "    s = (x.numpy()[..., at] * values.numpy()).sum((-1, -2))" + (" + bias.numpy()" if spec.bias else ""),
             *(f"    s = {STEPS[step.name].format(*step.params)}" for step in spec.epilogue),
-            "    y.copy_(s)",
+            "    y.numpy()[...] = s",
         ]
         return Source(spec, self.name, "\n".join(lines) + "\n")
 
@@ -53,7 +53,7 @@ class Python(sparsec.Backend):
     def load(self, path: Path, source: Source) -> Kernel:
         """The callable: `call(x, y, bias or None, residual or None, *buffers of the format)` fills y."""
         call = runpy.run_path(str(path))[source.spec.symbol]
-        return Kernel(source.spec, call, source.text, ("python", sys.version), str(path))
+        return Kernel(source.spec, call, source.text, ("numpy", sys.version), str(path))
 
 
 class Slow(NM):
@@ -63,8 +63,8 @@ class Slow(NM):
 
 
 def main() -> None:
-    variant = sparsec.Variant("linear_slow_python", "linear", "slow", language="python", steps=tuple(STEPS))
-    for own in (Slow, variant, Python()):
+    variant = sparsec.Variant("linear_slow_numpy", "linear", "slow", language="numpy", steps=tuple(STEPS))
+    for own in (Slow, variant, Numpy()):
         sparsec.register(own)
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(256, 64), nn.ReLU()).eval(), torch.randn(8, 256)
