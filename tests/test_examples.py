@@ -14,7 +14,7 @@ SAYS = {
     "quickstart": ("sparsec report, 3 sites", "largest difference"),
     "inspect_graph": ("passes: capture, normalise, fold, annotate, fuse, select, lower", "lines of C", "picture:"),
     "custom_pass": ("fold_scale: 0 multiplications left", "state dict unchanged: True"),
-    "custom_backend": ("linear_slow_python", "def k_", "largest difference"),
+    "custom_backend": ("def k_", "largest difference"),
     "custom_format": ("windows(17)", "WIDTH = 17", "largest difference"),
     "encoder": ("encoder.layer.5.output.dense", "cosine to the unpruned", "dense eager", "packed"),
     "prune_minilm": ("calibration:", "held out:", "cosine"),
