@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,7 +65,7 @@ def propose(gm: fx.GraphModule, node: fx.Node, fact: Fact, ctx: Context) -> Prop
         return dense_row(fact, codes.SPEC_DENSE)
     if fact.refusal:
         code, reason = fact.refusal
-        return Row(**{**dense_row(fact, codes.SPEC_DENSE).__dict__, "code": code, "reason": reason})
+        return dataclasses.replace(dense_row(fact, codes.SPEC_DENSE), code=code, reason=reason)
     if fact.dtype not in DTYPES:
         return dense_row(fact, codes.DTYPE, dtype=fact.dtype, known=", ".join(DTYPES))
     if 0 in fact.shape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -293,4 +294,4 @@ def _batch(batches: Sequence[int]) -> int | tuple[int, ...] | None:
 
 
 def _replace(row: Row, changes: Mapping[str, object]) -> Row:
-    return Row(**{**row.__dict__, **changes})  # type: ignore[arg-type]
+    return dataclasses.replace(row, **changes)  # type: ignore[arg-type]
