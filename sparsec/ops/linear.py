@@ -30,7 +30,7 @@ class _Handle(NamedTuple):
     """What a call needs from a kernel, looked up once per text."""
 
     call: Callable[..., Any]
-    out_features: int
+    out: int  # features
     spec: KernelSpec
 
 
@@ -54,7 +54,7 @@ def _linear(
             "a gradient is wanted through a model compiled for inference; compile with training=True, "
             "or call it under torch.no_grad()"
         )
-    y = x.new_empty((*x.shape[:-1], handle.out_features))
+    y = _output(x, handle)
     if residual is not None and residual.shape != y.shape:
         raise InputError(f"residual has shape {tuple(residual.shape)}, the output {tuple(y.shape)}")
     try:
@@ -62,6 +62,17 @@ def _linear(
     except ValueError as refusal:
         _retry(handle, refusal, x, y, bias, residual, weight)
     return y
+
+
+def _output(x: torch.Tensor, handle: _Handle) -> torch.Tensor:
+    """An empty (..., out) tensor beside x; `empty_strided` with everything spelled out is the cheapest way to get one."""
+    shape, out = x.shape, handle.out
+    if len(shape) == 3:
+        size, strides = (shape[0], shape[1], out), (shape[1] * out, out, 1)
+        return torch.empty_strided(size, strides, dtype=x.dtype, device=x.device)
+    if len(shape) == 2:
+        return torch.empty_strided((shape[0], out), (out, 1), dtype=x.dtype, device=x.device)
+    return x.new_empty((*shape[:-1], out))
 
 
 def _retry(
