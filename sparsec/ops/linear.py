@@ -65,7 +65,7 @@ def _linear(
 
 
 def _output(x: torch.Tensor, handle: _Handle) -> torch.Tensor:
-    """An empty (..., out) tensor beside x; `empty_strided` with everything spelled out is the cheapest way to get one."""
+    """An empty (..., out) tensor beside x; `empty_strided` with all spelled out is the cheapest way to get one."""
     shape, out = x.shape, handle.out
     if len(shape) == 3:
         size, strides = (shape[0], shape[1], out), (shape[1] * out, out, 1)
