@@ -31,10 +31,15 @@ typedef float vec __attribute__((vector_size(16), aligned(4), may_alias));
 
 API int32_t lanes(void) { return LANES; }
 
-/* 12 independent chains of multiply-adds, `count` long; data holds 3 vectors and receives one. */
+/* 12 independent chains of multiply-adds, `count` long. data holds 14 vectors and receives one; each chain has its own
+   start, because a compiler makes one chain of equal ones. */
 API void multiply_add(float *data, int64_t count) {
-  const vec m = LOAD(data), c = LOAD(data + LANES), s = LOAD(data + 2 * LANES);
-  vec a0 = s, a1 = s, a2 = s, a3 = s, a4 = s, a5 = s, a6 = s, a7 = s, a8 = s, a9 = s, a10 = s, a11 = s;
+  const vec m = LOAD(data), c = LOAD(data + LANES);
+  const float *starts = data + 2 * LANES;
+  vec a0 = LOAD(starts), a1 = LOAD(starts + LANES), a2 = LOAD(starts + 2 * LANES), a3 = LOAD(starts + 3 * LANES);
+  vec a4 = LOAD(starts + 4 * LANES), a5 = LOAD(starts + 5 * LANES), a6 = LOAD(starts + 6 * LANES);
+  vec a7 = LOAD(starts + 7 * LANES), a8 = LOAD(starts + 8 * LANES), a9 = LOAD(starts + 9 * LANES);
+  vec a10 = LOAD(starts + 10 * LANES), a11 = LOAD(starts + 11 * LANES);
   for (int64_t i = 0; i < count; i++) {
     a0 = FMA(a0, m, c), a1 = FMA(a1, m, c), a2 = FMA(a2, m, c), a3 = FMA(a3, m, c);
     a4 = FMA(a4, m, c), a5 = FMA(a5, m, c), a6 = FMA(a6, m, c), a7 = FMA(a7, m, c);

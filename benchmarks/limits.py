@@ -88,7 +88,7 @@ def measure(threads: int | None = None, runs: int = 40) -> Limits:
     loops, target = library(), Target.probe()
     threads = threads or torch.get_num_threads()
     lanes = loops.lanes()
-    small = [np.full(3 * 16, 0.5, np.float32) for _ in range(threads)]
+    small = [np.full(14 * 16, 0.5, np.float32) for _ in range(threads)]
     count = 1_000_000
     took = fastest(threads, lambda i: loops.multiply_add(small[i].ctypes.data, count), runs)
     flops = threads * count * 12 * lanes * 2 / took
