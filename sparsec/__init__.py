@@ -44,6 +44,7 @@ from sparsec.save import load, save
 from sparsec.spec import Auto, Spec
 
 if TYPE_CHECKING:
+    from sparsec.factors import Factor, Kronecker, LowRank, Monarch, Sparse, Sum
     from sparsec.sparsifiers import sparsify
     from sparsec.sparsifiers.structure import co_permute, dependency_groups, shrink
 
@@ -54,6 +55,7 @@ _LAZY = {  # what a user who only compiles or loads never needs: a third of the 
     "co_permute": "sparsec.sparsifiers.structure",
     "dependency_groups": "sparsec.sparsifiers.structure",
     "shrink": "sparsec.sparsifiers.structure",
+    **dict.fromkeys(("Factor", "Kronecker", "LowRank", "Monarch", "Sparse", "Sum"), "sparsec.factors"),
 }
 
 
@@ -75,19 +77,25 @@ __all__ = [
     "Dense",
     "DependencyError",
     "DeviceError",
+    "Factor",
     "FanIn",
     "Format",
     "FormatError",
     "GroupInt4",
     "InputError",
+    "Kronecker",
     "LoadError",
+    "LowRank",
+    "Monarch",
     "Pass",
     "PassError",
     "Report",
     "SpQR",
+    "Sparse",
     "SparsecError",
     "Spec",
     "SpecError",
+    "Sum",
     "TiledCSL",
     "ToolchainError",
     "TwoFour",

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from sparsec.errors import SpecError, nearest
+from sparsec.factors import Factor
 from sparsec.formats import Format
 
 DEFAULT_KEY = "_default"
@@ -20,13 +21,13 @@ class Auto:
     """Detect the structure that is there and let select choose among the formats that hold it."""
 
 
-Value = Format | Auto | None
-"""What a pattern maps to: a format, `Auto()`, or None, which leaves the site dense."""
+Value = Format | Factor | Auto | None
+"""What a pattern maps to: a format, a factor or sum of both, `Auto()`, or None, which leaves the site dense."""
 
 
 @dataclass(frozen=True, init=False)
 class Spec:
-    """An ordered mapping from site patterns to a Format, `Auto()` or None (stay dense).
+    """An ordered mapping from site patterns to a Format, a Factor, `Auto()` or None (stay dense).
 
     A pattern is a site's qualified name, `"re:<regex>"` that matches the whole name, a module type (a class, its name,
     or its dotted name), or `"_default"`. Precedence: exact name, then regexes (first wins), then type, then default; a
@@ -39,7 +40,7 @@ class Spec:
 
     entries: tuple[tuple[str, Value], ...]
 
-    def __init__(self, value: Spec | Mapping[Any, Value] | Format | Auto | None = None) -> None:
+    def __init__(self, value: Spec | Mapping[Any, Value] | Value = None) -> None:
         if isinstance(value, Spec):
             entries = value.entries
         elif isinstance(value, Mapping):
@@ -49,7 +50,7 @@ class Spec:
         object.__setattr__(self, "entries", entries)
 
     @classmethod
-    def of(cls, value: Spec | Mapping[Any, Value] | Format | Auto | None) -> Spec:
+    def of(cls, value: Spec | Mapping[Any, Value] | Value) -> Spec:
         """`value` itself if it is a Spec already, the Spec it stands for otherwise."""
         return value if isinstance(value, Spec) else cls(value)
 
@@ -137,12 +138,13 @@ def _entries(mapping: Mapping[Any, Value]) -> tuple[tuple[str, Value], ...]:
 
 
 def _value(where: str, value: Any) -> Value:
-    if value is None or isinstance(value, (Format, Auto)):
+    if value is None or isinstance(value, (Format, Factor, Auto)):
         return value
-    if isinstance(value, type) and issubclass(value, (Format, Auto)):
+    if isinstance(value, type) and issubclass(value, (Format, Factor, Auto)):
         raise SpecError(f"{where} maps to the class {value.__name__}; write an instance: {value.__name__}()")
     raise SpecError(
-        f"{where} maps to {value!r}; valid: a format such as CSR() or BSR(16, 1), Auto(), or None to stay dense"
+        f"{where} maps to {value!r}; valid: a format such as CSR() or BSR(16, 1), "
+        "a factor such as LowRank(64), a sum of these, Auto(), or None to stay dense"
     )
 
 

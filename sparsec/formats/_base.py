@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from sparsec.errors import FormatError
 from sparsec.formats._pack import nonzero, refuse_dtype
+
+if TYPE_CHECKING:
+    from sparsec.factors import Factor
 
 Buffers = dict[str, torch.Tensor]
 """Buffer name -> tensor, always in the order of `Format.buffers`; the first one is always the floating `values`."""
@@ -78,6 +81,11 @@ class Format:
     def stored(self, dense: torch.Tensor) -> int:
         """How many values `pack(dense)` stores, padding included."""
         return int(torch.count_nonzero(pattern(dense).view(torch.uint8)))
+
+    def __add__(self, other: object) -> Factor:
+        from sparsec.factors import Sum
+
+        return Sum(self, other) if isinstance(other, Format) else NotImplemented
 
     def fields(self) -> dict[str, Any]:
         """Field name -> value, for templates and for `text`."""
