@@ -62,10 +62,36 @@ def product(x: torch.Tensor, weight: torch.Tensor, stored: torch.Tensor | None =
     `stored` (bool, like weight) are the positions a format holds, by default those that are not zero: a format of
     blocks also stores the zeros inside its blocks, and those multiply as they do in the dense product.
     """
-    if bool(torch.isfinite(x).all()):
+    bad = ~torch.isfinite(x).all(1)
+    if not bool(bad.any()):
         return x @ weight.t()
     kept = weight != 0 if stored is None else stored
-    return torch.stack([x[:, k] @ w[k] for w, k in zip(weight, kept)], dim=1)
+    y = torch.where(torch.isfinite(x), x, torch.zeros((), dtype=x.dtype)) @ weight.t()
+    y[bad] = _with_infinities(x[bad], torch.where(kept, weight, torch.zeros((), dtype=weight.dtype)), kept)
+    return y
+
+
+def _with_infinities(x: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """`product` of rows that hold an Inf or NaN: the finite terms are summed, the kinds of the others counted.
+
+    A sum is NaN when a term is, or when it has infinite terms of both signs; otherwise the infinity it has, if any.
+    """
+    none = torch.zeros((), dtype=x.dtype)
+    y = torch.where(torch.isfinite(x), x, none) @ torch.where(torch.isfinite(weight), weight, none).t()
+
+    def terms(*pairs: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        left, right = (torch.cat([pair[side].float() for pair in pairs], 1) for side in (0, 1))
+        return left @ right.t() > 0
+
+    x_up, x_down, w_up, w_down = x == torch.inf, x == -torch.inf, weight == torch.inf, weight == -torch.inf
+    up, down, zero = (x > 0) & ~x_up, (x < 0) & ~x_down, (weight == 0) & kept
+    rises = terms((x_up, weight > 0), (x_down, weight < 0), (up, w_up), (down, w_down))
+    falls = terms((x_up, weight < 0), (x_down, weight > 0), (up, w_down), (down, w_up))
+    invalid = terms(
+        (x.isnan(), kept), (torch.ones_like(x), weight.isnan()), (x_up | x_down, zero), (x == 0, w_up | w_down)
+    )
+    y = torch.where(rises, torch.full_like(y, torch.inf), torch.where(falls, torch.full_like(y, -torch.inf), y))
+    return torch.where(invalid | (rises & falls), torch.full_like(y, torch.nan), y)
 
 
 def sample(rows: int, limit: int = SAMPLE) -> torch.Tensor | slice:
@@ -98,20 +124,12 @@ def check(
         return Verdict(
             False, float("inf"), f"output has shape {tuple(y.shape)}, expected {(x.shape[0], weight.shape[0])}"
         )
-    wide = weight.double()
-    longest = int(torch.count_nonzero(weight, dim=1).max()) if weight.numel() else 0
     worst, place = 0.0, (0, 0)
     for start in range(0, x.shape[0], _ROWS):
         part = slice(start, start + _ROWS)
-        rest = residual.reshape(y.shape)[part].double() if residual is not None else None
-        exact = product(x[part].double(), wide, stored)
-        # The bound needs few digits, so its absolute product is taken in float32.
-        size = product(x[part].abs().float(), weight.abs().float(), stored).double()
-        more = None
-        if blur is not None:
-            exact[~torch.isfinite(x[part]).all(1)] = float("nan")
-            more = blur.double()[part, None] * wide.abs().sum(1)
-        ratio = _ratio(y[part], exact, size, bias, steps, rest, longest, more)
+        rest = residual.reshape(y.shape)[part] if residual is not None else None
+        want = expected(x[part], weight, bias, steps, rest, stored, blur[part] if blur is not None else None)
+        ratio = want.ratio(y[part])
         if ratio.numel() and float(ratio.max()) > worst:
             flat = int(ratio.argmax())
             worst, place = float(ratio.max()), (start + flat // ratio.shape[1], flat % ratio.shape[1])
@@ -122,40 +140,57 @@ def check(
     return Verdict(worst <= 1, worst, sentence)
 
 
-def _ratio(
-    y: torch.Tensor,
-    exact: torch.Tensor,
-    size: torch.Tensor,
-    bias: torch.Tensor | None,
-    steps: Sequence[Step],
-    residual: torch.Tensor | None,
-    longest: int,
-    blur: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Error over bound, elementwise; Inf where a non-finite value does not meet its like.
+@dataclass(frozen=True)
+class Expected:
+    """What a kernel should give: `value` (batch, out) in float64, `bound` the error allowed to each entry."""
 
-    `size` is sum(|a * b|), `blur` what the product may be off by besides rounding.
-    """
+    value: torch.Tensor
+    bound: torch.Tensor
+
+    def ratio(self, y: torch.Tensor) -> torch.Tensor:
+        """Error of `y` (batch, out) over bound, elementwise; Inf where a non-finite value does not meet its like."""
+        got = y.double()
+        same = (got == self.value) | (got.isnan() & self.value.isnan())
+        # A sum that overflows the stored dtype is an infinity there and a large number in the oracle.
+        same |= (got == self.value.to(y.dtype).double()) & got.isinf()
+        ratio = (got - self.value).abs() / self.bound
+        ratio = torch.where(ratio.isnan(), torch.full_like(ratio, float("inf")), ratio)
+        return torch.where(same, torch.zeros_like(ratio), ratio)
+
+
+def expected(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    steps: Sequence[Step] = (),
+    residual: torch.Tensor | None = None,
+    stored: torch.Tensor | None = None,
+    blur: torch.Tensor | None = None,
+) -> Expected:
+    """The float64 oracle of `check` for x (batch, in) and its bound; the kernel's dtype is that of x."""
+    wide = weight.double()
+    longest = int(torch.count_nonzero(weight, dim=1).max()) if weight.numel() else 0
+    exact = product(x.double(), wide, stored)
+    # The bound needs few digits, so its absolute product is taken in float32; beside an Inf or NaN it is not used.
+    none = torch.zeros(())
+    size = torch.where(torch.isfinite(x), x.abs().float(), none) @ weight.abs().float().t()
+    size = size.double()
+    more = None
+    if blur is not None:
+        exact[~torch.isfinite(x).all(1)] = float("nan")
+        more = blur.double()[:, None] * wide.abs().sum(1)
     if bias is not None:
         exact += bias.double()
         size += bias.double().abs()
     for step in steps:
         if step.name == "scale":
             size *= abs(step.params[0])
-            blur = blur * abs(step.params[0]) if blur is not None else None
+            more = more * abs(step.params[0]) if more is not None else None
         elif step.name == "add" and residual is not None:
-            size += residual.abs()
-    want = apply_steps(steps, exact, residual)
-    accumulate = torch.finfo(torch.float32 if y.dtype != torch.float64 else torch.float64).eps
-    stored = torch.finfo(y.dtype).eps
+            size += residual.double().abs()
+    want = apply_steps(steps, exact, residual.double() if residual is not None else None)
+    accumulate = torch.finfo(torch.float32 if x.dtype != torch.float64 else torch.float64).eps
+    rounding = torch.finfo(x.dtype)
     count = longest + (bias is not None) + len(steps)
-    bound = _LIPSCHITZ * (8 + 2 * count**0.5) * accumulate * size + 2 * stored * want.abs() + torch.finfo(y.dtype).tiny
-    if blur is not None:
-        bound += _LIPSCHITZ * blur
-    got = y.double()
-    same = (got == want) | (got.isnan() & want.isnan())
-    # A sum that overflows the stored dtype is an infinity there and a large number in the oracle.
-    same |= (got == want.to(y.dtype).double()) & got.isinf()
-    ratio = (got - want).abs() / bound
-    ratio = torch.where(ratio.isnan(), torch.full_like(ratio, float("inf")), ratio)
-    return torch.where(same, torch.zeros_like(ratio), ratio)
+    bound = _LIPSCHITZ * (8 + 2 * count**0.5) * accumulate * size + 2 * rounding.eps * want.abs() + rounding.tiny
+    return Expected(want, bound if more is None else bound + _LIPSCHITZ * more)

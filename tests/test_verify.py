@@ -86,3 +86,27 @@ def test_sampled_rows_hold_both_ends_and_are_distinct() -> None:
     rows = verify.sample(1000)
     assert isinstance(rows, torch.Tensor) and len(rows) == verify.SAMPLE
     assert rows.unique().numel() == verify.SAMPLE and rows.min() == 0 and rows.max() == 999
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_products_with_infinities_equal_the_sum_of_stored_products(seed: int) -> None:
+    """Every kind of non-finite term on both sides, against one sum per entry."""
+    g = torch.Generator().manual_seed(seed)
+
+    def special(*shape: int) -> torch.Tensor:
+        values = torch.randn(*shape, generator=g, dtype=torch.float64)
+        kind = torch.randint(0, 40, shape, generator=g)
+        for number, value in enumerate((torch.inf, -torch.inf, torch.nan, 0.0, -0.0)):
+            values[kind == number] = value
+        return values
+
+    x, weight = special(19, 7), special(23, 7)
+    kept = torch.rand(weight.shape, generator=g) < 0.7
+    weight[~kept] = 0.0
+    x[0] = torch.randn(7, generator=g).double()
+    for stored in (None, kept):
+        found = verify.product(x, weight, stored)
+        places = weight != 0 if stored is None else stored
+        want = torch.stack([torch.stack([(r[k] * w[k]).sum() for w, k in zip(weight, places)]) for r in x])
+        assert torch.equal(found.isnan(), want.isnan())
+        torch.testing.assert_close(found, want, equal_nan=True, rtol=1e-12, atol=1e-12)
