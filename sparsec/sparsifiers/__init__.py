@@ -6,6 +6,7 @@ from sparsec.sparsifiers.allocators import ER, ERK, EqualShare, GlobalShare, Sen
 from sparsec.sparsifiers.basic import Compose, Magnitude, Random, Wanda
 from sparsec.sparsifiers.batches import Calibration
 from sparsec.sparsifiers.calibration import calibrate, calibrate_graph
+from sparsec.sparsifiers.experts import ExpertLoad, expert_load
 from sparsec.sparsifiers.gradual import Fairness, Gradual, SparseUpdate
 from sparsec.sparsifiers.granularity import Block, Element, FanIn, Filter, GroupedNM, GroupsOf, Kernel
 from sparsec.sparsifiers.net_trim import NetTrim
@@ -34,6 +35,7 @@ __all__ = [
     "Decay",
     "Element",
     "EqualShare",
+    "ExpertLoad",
     "Fairness",
     "FanIn",
     "Filter",
@@ -70,6 +72,7 @@ __all__ = [
     "calibrate_graph",
     "co_permute",
     "dependency_groups",
+    "expert_load",
     "shrink",
     "sparsify",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import fx, nn
 from sparsec.errors import InputError, SpecError
 from sparsec.progress import Progress
 from sparsec.sparsifiers.batches import Calibration
+from sparsec.sparsifiers.experts import Routers
 from sparsec.sparsifiers.layers import Layer, Where, find_layers
 from sparsec.sparsifiers.stats import GRADIENTS, Observer, Partial, Stats, check_needs, input_rows
 
@@ -31,8 +33,9 @@ def calibrate(
     """Statistics of the selected layers' inputs over `data`: site -> `Stats`, None for a layer that never ran.
 
     One pass over the data in evaluation mode; padding rows are left out. `needs` asks for more than the means: "gram",
-    "inputs", and with a `Calibration(data, loss=...)` "grad", "fisher", "hessian_grad", "out_grad". Memory beyond the
-    model's own: `sparsec.sparsifiers.stats.needed_bytes(layers, needs)`, whatever the length of the data.
+    "inputs", "load" (of a router: how often it chose each expert), and with a `Calibration(data, loss=...)` "grad",
+    "fisher", "hessian_grad", "out_grad". Memory beyond the model's own:
+    `sparsec.sparsifiers.stats.needed_bytes(layers, needs)`, whatever the length of the data.
 
     The model is left as it was. Raises InputError for empty data, a batch that the model cannot take, and inputs that
     are not finite; SpecError for statistics that do not exist.
@@ -62,17 +65,23 @@ class Watch:
         self.open = True
         self._shared: tuple[Any, ...] = ()
         self._handles: list[Any] = []
+        self.routers: Routers | None = None
 
     def __enter__(self) -> Watch:
+        if "load" in self.needs:
+            self.routers = Routers(self.model, lambda: self.padding, lambda: self.open)
+            self.routers.__enter__()
         for site, observer in self.observers.items():
             module = self.model.get_submodule("" if site == "<root>" else site)
             self._handles.append(module.register_forward_pre_hook(self._hook(observer), with_kwargs=True))
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *error: Any) -> None:
         for handle in self._handles:
             handle.remove()
         self._shared = ()
+        if self.routers is not None:
+            self.routers.__exit__(*error)
 
     def run(self, batches: Iterable[Any], first: int = 0) -> None:
         """Feed batches through the model; `first` is the number of the first one in messages."""
@@ -139,7 +148,13 @@ class Watch:
 
     def collect(self) -> dict[str, Stats | None]:
         """Site -> statistics, None for layers that never ran."""
-        return {site: observer.finish() for site, observer in self.observers.items()}
+        found = {site: observer.finish() for site, observer in self.observers.items()}
+        if self.routers is None:
+            return found
+        loads = self.routers.loads()
+        none = torch.zeros(0, dtype=torch.int64)
+        counts = {site: loads[site].counts if site in loads else none for site in found}
+        return {site: s and replace(s, load=counts[site]) for site, s in found.items()}
 
     def finish(self) -> dict[str, Stats | None]:
         """`collect`. Raises InputError when there was no data, or when all rows were padding."""

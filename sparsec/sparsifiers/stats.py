@@ -15,7 +15,7 @@ FEATURES = ("mean", "var", "norm", "density")
 """Collected always: a few numbers per input feature."""
 
 GRADIENTS = ("grad", "fisher", "hessian_grad", "out_grad")
-NEEDS = ("gram", "inputs", *GRADIENTS)
+NEEDS = ("gram", "inputs", "load", *GRADIENTS)
 """Collected when asked for."""
 
 CHUNK = 4096
@@ -34,7 +34,8 @@ class Stats:
 
     `mean`, `var`, `norm` (root of the sum of squares), `density` (share of nonzeros): float64 [groups, features];
     `gram`, sum of x x^T: [groups, features, features]; `inputs`: up to 2048 rows [rows, groups, features], float32;
-    `grad`, `fisher`, `hessian_grad`: like the weight, means over samples; `out_grad`: rms of dL/dy, [outputs].
+    `grad`, `fisher`, `hessian_grad`: like the weight, means over samples; `out_grad`: rms of dL/dy, [outputs];
+    `load` of a router: int64 [experts], how often it chose each; empty for a layer that chooses nothing.
     """
 
     site: str
@@ -49,6 +50,7 @@ class Stats:
     fisher: torch.Tensor | None = None
     hessian_grad: torch.Tensor | None = None
     out_grad: torch.Tensor | None = None
+    load: torch.Tensor | None = None
     samples: int = 0
 
     def get(self, name: str) -> torch.Tensor:
