@@ -159,7 +159,7 @@ CATALOG: tuple[Variant, ...] = (
 """Built-in variants, in the order in which `tune="off"` tries them."""
 
 _TABLES = (  # modules with further VARIANTS, imported when first asked for
-    "sparsec.codegen.cuda_variants", "sparsec.codegen.tvm_variants",
+    "sparsec.codegen.cuda_variants", "sparsec.codegen.tvm_variants", "sparsec.codegen.gather",
 )  # fmt: skip
 
 _BACKENDS = {  # name -> module with a BACKEND, imported when first needed

@@ -60,6 +60,8 @@ _LAZY = {  # what a user who only compiles or loads never needs: a third of the 
 
 
 def __getattr__(name: str) -> Any:
+    if name == "points":
+        return import_module("sparsec.points")
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'sparsec' has no attribute {name!r}")

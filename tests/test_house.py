@@ -27,6 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sparsifiers": {"errors", "formats", "graph", "capture", "report"},
     "training": {"errors", "sparsifiers", "ops"},
     "ops": {"errors", "codegen"},
+    "points": {"errors", "ops"},
     "passes": {"face", "formats", "factors", "codegen.kernel"},
     "codegen": {"errors", "formats", "target", "cost"},
 }
