@@ -135,8 +135,9 @@ class Sensitivity(Allocator):
 
     `budget` counts nonzero weights, FLOPs (2 per weight and use; `uses` maps a site to its uses per call, e.g. output
     pixels, 1 by default), or measured milliseconds. For "ms", `timings` maps each sparsity level to the Report that
-    `sparsec.analyze` gave for the model pruned to it; the level 0 is the dense time of any of them. A layer's loss at a
-    level is the share of its scores that falls below the level's threshold. Solved by dynamic programming on costs
+    `sparsec.analyze` gave for the model pruned to it; the level 0 is the dense time of any of them, and a module that
+    is used several times costs all its uses. What the budget bounds is `report(compiled).totals().us`: the layers, not
+    what the model does besides. A layer's loss at a level is the share of its scores that falls below the level's threshold. Solved by dynamic programming on costs
     rounded up to 1/2000 of the budget, so the budget is kept.
 
     Raises SpecError when even the sparsest levels exceed the budget.
@@ -176,11 +177,11 @@ class Sensitivity(Allocator):
     def _us(self, layer: Layer, level: float) -> float:
         timings = self.timings or {}
         report = timings[level] if level in timings else next(iter(timings.values()))
-        row = report.row(layer.site)
-        us = row.us if level in timings else row.dense_us
-        if us is None:
+        further = [r for r in report.rows if r.site.startswith(f"{layer.site}#")]  # a module that is used again
+        times = [row.us if level in timings else row.dense_us for row in (report.row(layer.site), *further)]
+        if None in times:
             raise SpecError(f"Sensitivity: the report has no time for {layer.site!r}; analyze with example inputs")
-        return us
+        return sum(us for us in times if us is not None)
 
     def zeros(self, layers: Sequence[Layer], score: Scores, stats: Mapping[str, Any] | None = None) -> list[int]:
         levels = self.all_levels

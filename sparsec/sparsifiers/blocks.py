@@ -161,7 +161,8 @@ def _run_blocks(
                 found = watch.collect()
                 prune(own, {x.site: found[y.site] for x, y in zip(own, local)})
             with torch.no_grad():
-                calls = [_advance(block, args, kwargs) for args, kwargs in calls]
+                for i, (args, kwargs) in enumerate(calls):  # in place: one hidden state per batch, not two
+                    calls[i] = _advance(block, args, kwargs)
             bar.advance()
 
 

@@ -1,0 +1,176 @@
+"""What pruning keeps, takes and promises: MiniLM's held-out cosines, memory for a model of OPT-1.3B's size, a budget.
+
+pruning.py minilm    quality and time of every method on real weights, at 50 %, 60 % and 2:4
+pruning.py memory    layer by layer: peak memory of true-size layers with random weights, and what 24 of them need
+pruning.py budget    levels chosen under a budget in milliseconds, and what the compiled model then takes
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from timing import exclusive, headline, idle, interleave, write_json
+
+import sparsec
+from sparsec.sparsifiers import BiasCorrection, Calibration, DSnoT, Magnitude, Refit, Sensitivity, SparseGPT, Wanda
+
+METHODS: dict[str, Callable[[Any], Any]] = {
+    "magnitude": Magnitude,
+    "Wanda": Wanda,
+    "SparseGPT, sweep alone": lambda target: SparseGPT(target, refit=False),
+    "SparseGPT": SparseGPT,
+    "SparseGPT + DSnoT": lambda target: Refit(DSnoT(SparseGPT(target))),
+    "SparseGPT + bias": lambda target: BiasCorrection(SparseGPT(target)),
+}
+
+LAYERS = r"re:encoder\.layer\..*"
+
+
+def example() -> Any:
+    """examples/prune_minilm.py: the same model, text and measure."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+    import prune_minilm
+
+    return prune_minilm
+
+
+def loaded() -> tuple[Any, torch.nn.Module, Any]:
+    from transformers import AutoModel, AutoTokenizer
+
+    demo = example()
+    name = demo.packaged()
+    return demo, AutoModel.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
+
+
+def minilm(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Mean cosine to the dense embeddings on held-out docstrings; seconds from the call of sparsify to its result."""
+    demo, dense, tokenizer = loaded()
+    texts, (count, length) = demo.docstrings(), (12, 32) if options.quick else (256, 128)
+    seen = demo.batches(tokenizer, texts[::2][:count], length)
+    held = demo.batches(tokenizer, texts[1::2][: count // 2], length)
+    tokens, reference = sum(int(b["attention_mask"].sum()) for b in seen), demo.embed(dense, held)
+    size = sum(map(len, texts[::2][:count])) / 1e3
+    print(f"calibration: {count} docstrings of the standard library, {tokens} tokens ({size:.0f} kB); held out: "
+          f"{count // 2} others")  # fmt: skip
+    targets = (0.5,) if options.quick else (0.5, 0.6, sparsec.NM(2, 4))
+    rows = []
+    for target in targets:
+        for label, method in METHODS.items():
+            begin, busy = time.perf_counter(), time.process_time()
+            pruned = sparsec.sparsify(dense, method(target), data=seen, where=LAYERS)
+            wall, cpu = time.perf_counter() - begin, time.process_time() - busy
+            cosine = float((demo.embed(pruned, held) * reference).sum(-1).mean())
+            kept = 1 - float(torch.tensor([r["density"] for r in pruned._sparsec_report]).mean())
+            row = {"target": str(target), "method": label, "cosine": cosine, "zeros": kept, "s": wall, "cpu_s": cpu}
+            rows.append(row)
+            print(f"{target!s:>8} {label:<24} {cosine:.4f}  {wall:5.1f} s ({cpu:5.1f} s of CPU)", flush=True)
+    return rows
+
+
+def memory(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """SparseGPT at 50 %, in place and block by block, on layers of OPT-1.3B's size; the peak is the kernel's VmHWM."""
+    import transformers
+
+    true_size = {"hidden_size": 2048, "ffn_dim": 8192, "num_attention_heads": 32, "word_embed_proj_dim": 2048}
+    small = {"hidden_size": 64, "ffn_dim": 256, "num_attention_heads": 4, "word_embed_proj_dim": 64, "vocab_size": 500}
+    config = transformers.OPTConfig(num_hidden_layers=options.layers, **(small if options.quick else true_size))
+    torch.manual_seed(0)
+    empty = resident()
+    model = transformers.OPTForCausalLM(config).eval()
+    blocks = model.model.decoder.layers
+    layer = sum(p.nbytes for p in blocks[0].parameters())
+    weights = sum(p.nbytes for p in model.parameters())
+    ids = torch.randint(5, config.vocab_size, (options.sequences, 32 if options.quick else 512))
+    data = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in ids]
+    where = rf"re:model\.decoder\.layers\.(?:{'|'.join(map(str, range(2)))})\..*"
+    reset_peak()
+    begin = time.perf_counter()
+    sparsec.sparsify(model, SparseGPT(0.5), data=Calibration(data, mode="blocks"), where=where, inplace=True)
+    seconds, peak = time.perf_counter() - begin, resident("VmHWM")
+    missing = 24 - options.layers
+    total = peak + missing * layer
+    zeros = [float((p == 0).float().mean()) for n, p in blocks[:2].named_parameters() if p.dim() == 2]
+    print(f"{options.layers} layers of {layer / 1e6:.0f} MB, {weights / 1e9:.2f} GB in all, {ids.numel()} tokens, fp32")
+    print(f"before the model {empty / 1e9:.2f} GB, peak while pruning two layers {peak / 1e9:.2f} GB, {seconds:.0f} s")
+    print(f"with 24 layers ({(weights + missing * layer) / 1e9:.2f} GB of weights): {total / 1e9:.2f} GB, "
+          f"and {config.hidden_size * 4 / 1e3:.1f} kB for each further token")  # fmt: skip
+    return [{"layers": options.layers, "layer_bytes": layer, "weights": weights, "tokens": ids.numel(), "peak": peak,
+             "empty": empty, "total_24": total, "s": seconds, "zeros": sum(zeros) / len(zeros)}]  # fmt: skip
+
+
+def resident(field: str = "VmRSS") -> int:
+    """Bytes that this process holds, or held at most (VmHWM)."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def reset_peak() -> None:
+    """Let VmHWM start again from what is held now."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+@torch.inference_mode()
+def budget(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Choose levels for MiniLM's layers under a budget, compile the result with no stored timings, and measure."""
+    _, dense, _ = loaded()
+    ids = torch.randint(1000, 20000, options.shape, generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    levels = (0.5, 0.9) if options.quick else (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+    timings = {}
+    for level in levels:
+        pruned = sparsec.sparsify(dense, Magnitude(level), where=LAYERS)
+        timings[level] = sparsec.analyze(pruned, None, example_kwargs=batch)
+    first = timings[levels[0]].totals()
+    least = timings[levels[-1]].totals().us / 1e3
+    rows = []
+    for share in (0.5,) if options.quick else (0.2, 0.5, 0.8):
+        wanted = least + share * (first.dense_us / 1e3 - least)
+        method = Magnitude(Sensitivity(wanted, "ms", timings=timings))
+        pruned = sparsec.sparsify(dense, method, where=LAYERS)
+        with tempfile.TemporaryDirectory() as fresh:  # nothing that was timed before is known to this compile
+            before, os.environ["SPARSEC_CACHE_DIR"] = os.environ.get("SPARSEC_CACHE_DIR"), fresh
+            compiled = sparsec.compile(pruned, example_kwargs=batch)
+            os.environ.pop("SPARSEC_CACHE_DIR")
+            if before is not None:
+                os.environ["SPARSEC_CACHE_DIR"] = before
+        spent = sparsec.report(compiled).totals().us / 1e3
+        times = interleave({"dense": lambda: dense(**batch), "sparse": lambda c=compiled: c(**batch)}, options.rounds)
+        chosen = sorted({round(1 - r["density"], 2) for r in pruned._sparsec_report})
+        ms = {name: 1e3 * t.median for name, t in times.items()}
+        rows.append({"budget_ms": wanted, "sites_ms": spent, "ratio": spent / wanted, "levels": chosen, "model_ms": ms})
+        print(f"budget {wanted:6.2f} ms for the layers, measured after compile {spent:6.2f} ms ({spent / wanted:.3f}); "
+              f"whole model {ms['sparse']:.2f} ms, dense {ms['dense']:.2f}; levels {chosen}", flush=True)  # fmt: skip
+    return rows
+
+
+PARTS = {"minilm": minilm, "memory": memory, "budget": budget}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--quick", action="store_true", help="a row or two of each, to see that it works")
+    parser.add_argument("--layers", type=int, default=2, help="memory: layers that are built; two are pruned")
+    parser.add_argument("--sequences", type=int, default=32, help="memory: calibration sequences of 512 tokens")
+    parser.add_argument("--shape", type=int, nargs=2, default=(8, 128), help="budget: batch and length")
+    parser.add_argument("--rounds", type=int, default=15, help="budget: rounds of timing")
+    parser.add_argument("--json", help="also write the rows here")
+    options = parser.parse_args()
+    print(f"{headline()}, fp32")
+    with exclusive():
+        if not options.quick and not idle():
+            print("the machine is busy: times mean little")
+        rows = PARTS[options.part](options)
+    write_json(options.json, f"pruning-{options.part}", rows)
+
+
+if __name__ == "__main__":
+    main()
