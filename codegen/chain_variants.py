@@ -1,0 +1,52 @@
+"""Kernels for factored weights, and the choices behind them."""
+
+from __future__ import annotations
+
+from sparsec.codegen.catalog import Tile, Variant
+from sparsec.codegen.kernel import Plan, Problem
+from sparsec.errors import SpecError
+from sparsec.formats import Format
+from sparsec.target import ISAS, Target
+
+FORMAT = "factored"
+_WIDE: dict[int, Plan] = {  # fp32 lanes -> panels; the widest leaves registers for 8 outputs of a tile
+    16: ((8, "panel", 8), (16, "panel", 16), (0, "panel", 32)),
+    8: ((8, "panel", 8), (0, "panel", 16)),
+    1: ((4, "panel", 4), (0, "panel", 8)),
+}
+_NARROW: Plan = ((8, "panel", 8), (0, "panel", 16))
+
+
+def panels(problem: Problem, fmt: Format, target: Target, isa: str) -> tuple[tuple[Plan, Tile], ...]:
+    """The widest panel; where its buffers would leave no room in L2, half of it first."""
+    lanes = ISAS[isa].lanes
+    wide = _WIDE[lanes]
+    if lanes < 16 or max(problem.batches) <= 16:
+        return ((wide, ()),)
+    fields = fmt.fields()
+    features = sum(fields[f"buffer{i}"] for i in range(fields["buffers"]))
+    large = 4 * features * wide[-1][2] > target.l2 // 2
+    return ((_NARROW, ()), (wide, ())) if large else ((wide, ()),)
+
+
+def chain_needs(problem: Problem, fmt: Format, target: Target) -> str | None:
+    """Tiles, and a factor that is a chain of products."""
+    if not getattr(fmt, "tiled", 0):
+        return "generated chains read tiled operands"
+    try:
+        fmt.fields()
+    except SpecError as error:
+        return str(error)
+    return None
+
+
+VARIANTS: tuple[Variant, ...] = (
+    Variant(
+        "chain", "linear", FORMAT, "chain.c.jinja", isas=("avx512", "avx2", "portable"), choose=panels,
+        needs=chain_needs,
+    ),
+    Variant(
+        "chain_bf16", "linear", FORMAT, "chain.c.jinja", dtypes=("bfloat16",), isas=("avx512", "avx2", "portable"),
+        choose=panels, needs=chain_needs,
+    ),
+)  # fmt: skip
