@@ -44,6 +44,7 @@ from sparsec.save import load, save
 from sparsec.spec import Auto, Spec
 
 if TYPE_CHECKING:
+    from sparsec.algebra import plan
     from sparsec.factors import Factor, Kronecker, LowRank, Monarch, Sparse, Sum
     from sparsec.sparsifiers import sparsify
     from sparsec.sparsifiers.structure import co_permute, dependency_groups, shrink
@@ -52,6 +53,7 @@ __version__ = "0.1.0"
 
 _LAZY = {  # what a user who only compiles or loads never needs: a third of the time to import
     "sparsify": "sparsec.sparsifiers",
+    "plan": "sparsec.algebra",
     "co_permute": "sparsec.sparsifiers.structure",
     "dependency_groups": "sparsec.sparsifiers.structure",
     "shrink": "sparsec.sparsifiers.structure",
@@ -113,6 +115,7 @@ __all__ = [
     "graphs",
     "load",
     "load_dense_state_dict",
+    "plan",
     "register",
     "report",
     "save",
