@@ -8,6 +8,7 @@ from sparsec.errors import SpecError
 from sparsec.formats import Format
 from sparsec.target import ISAS, Target
 
+OP = "chain"  # y = epilogue(x W^T + bias) as `linear`, from the operands that W is a product of
 FORMAT = "factored"
 _WIDE: dict[int, Plan] = {  # fp32 lanes -> panels; the widest leaves registers for 8 outputs of a tile
     16: ((8, "panel", 8), (16, "panel", 16), (0, "panel", 32)),
@@ -42,11 +43,11 @@ def chain_needs(problem: Problem, fmt: Format, target: Target) -> str | None:
 
 VARIANTS: tuple[Variant, ...] = (
     Variant(
-        "chain", "linear", FORMAT, "chain.c.jinja", isas=("avx512", "avx2", "portable"), choose=panels,
+        "chain", OP, FORMAT, "chain.c.jinja", isas=("avx512", "avx2", "portable"), choose=panels,
         needs=chain_needs,
     ),
     Variant(
-        "chain_bf16", "linear", FORMAT, "chain.c.jinja", dtypes=("bfloat16",), isas=("avx512", "avx2", "portable"),
+        "chain_bf16", OP, FORMAT, "chain.c.jinja", dtypes=("bfloat16",), isas=("avx512", "avx2", "portable"),
         choose=panels, needs=chain_needs,
     ),
 )  # fmt: skip

@@ -129,10 +129,42 @@ def check(
         part = slice(start, start + _ROWS)
         rest = residual.reshape(y.shape)[part] if residual is not None else None
         want = expected(x[part], weight, bias, steps, rest, stored, blur[part] if blur is not None else None)
-        ratio = want.ratio(y[part])
-        if ratio.numel() and float(ratio.max()) > worst:
-            flat = int(ratio.argmax())
-            worst, place = float(ratio.max()), (start + flat // ratio.shape[1], flat % ratio.shape[1])
+        part_worst, (row, column) = _worst(want.ratio(y[part]))
+        if part_worst > worst:
+            worst, place = part_worst, (start + row, column)
+    return _verdict(worst, place)
+
+
+def check_products(
+    y: torch.Tensor,
+    products: tuple[torch.Tensor, torch.Tensor, int],
+    bias: torch.Tensor | None,
+    steps: Sequence[Step] = (),
+    residual: torch.Tensor | None = None,
+) -> Verdict:
+    """As `check`, for a weight that is a chain of operands and whose oracle is the chain in float64.
+
+    `products` are the product (batch, out), the same of absolute operands, and how many sums it rounds like: what
+    `sparsec.factors.chain.Factored.products` gives. A chain's rounding error is bounded by its absolute operands, and
+    an infinity in x meets every one of them.
+    """
+    exact, size, longest = products
+    y = y.reshape(-1, y.shape[-1])
+    if y.shape != exact.shape:
+        return Verdict(False, float("inf"), f"output has shape {tuple(y.shape)}, expected {tuple(exact.shape)}")
+    rest = residual.reshape(y.shape) if residual is not None else None
+    return _verdict(*_worst(_bounded(y.dtype, exact.clone(), size.clone(), longest, bias, steps, rest).ratio(y)))
+
+
+def _worst(ratio: torch.Tensor) -> tuple[float, tuple[int, int]]:
+    """The largest entry and where it is."""
+    if not ratio.numel():
+        return 0.0, (0, 0)
+    flat = int(ratio.argmax())
+    return float(ratio.max()), (flat // ratio.shape[1], flat % ratio.shape[1])
+
+
+def _verdict(worst: float, place: tuple[int, int]) -> Verdict:
     row, column = place
     sentence = f"largest error is {worst:.3g} of its bound"
     if worst > 1:
@@ -179,6 +211,20 @@ def expected(
     if blur is not None:
         exact[~torch.isfinite(x).all(1)] = float("nan")
         more = blur.double()[:, None] * wide.abs().sum(1)
+    return _bounded(x.dtype, exact, size, longest, bias, steps, residual, more)
+
+
+def _bounded(
+    dtype: torch.dtype,
+    exact: torch.Tensor,
+    size: torch.Tensor,
+    longest: int,
+    bias: torch.Tensor | None,
+    steps: Sequence[Step],
+    residual: torch.Tensor | None,
+    more: torch.Tensor | None = None,
+) -> Expected:
+    """A product behind its epilogue: `size` is sum(|a * b|), `more` what it may be off by besides rounding."""
     if bias is not None:
         exact += bias.double()
         size += bias.double().abs()
@@ -189,8 +235,8 @@ def expected(
         elif step.name == "add" and residual is not None:
             size += residual.double().abs()
     want = apply_steps(steps, exact, residual.double() if residual is not None else None)
-    accumulate = torch.finfo(torch.float32 if x.dtype != torch.float64 else torch.float64).eps
-    rounding = torch.finfo(x.dtype)
+    accumulate = torch.finfo(torch.float32 if dtype != torch.float64 else torch.float64).eps
+    rounding = torch.finfo(dtype)
     count = longest + (bias is not None) + len(steps)
     bound = _LIPSCHITZ * (8 + 2 * count**0.5) * accumulate * size + 2 * rounding.eps * want.abs() + rounding.tiny
     return Expected(want, bound if more is None else bound + _LIPSCHITZ * more)
