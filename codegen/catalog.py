@@ -96,6 +96,7 @@ class Variant:
                 plan=plan,
                 fields=_fields(resolved),
                 tile=tile,
+                conv=problem.conv,
             )
             for plan, tile in self.choose(problem, resolved, target, isa)
         )
@@ -160,6 +161,7 @@ CATALOG: tuple[Variant, ...] = (
 
 _TABLES = (  # modules with further VARIANTS, imported when first asked for
     "sparsec.codegen.cuda_variants", "sparsec.codegen.tvm_variants", "sparsec.codegen.gather",
+    "sparsec.codegen.conv_variants",
 )  # fmt: skip
 
 _BACKENDS = {  # name -> module with a BACKEND, imported when first needed

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from sparsec.codegen.conv import Conv as Conv
 from sparsec.errors import SpecError
 
 VERSION = 1  # goes into every key: raise it when a template or the calling convention changes meaning
@@ -63,6 +64,7 @@ class Problem:
     epilogue: tuple[Step, ...] = ()
     batches: tuple[int, ...] = (1,)  # rows of x that will be timed
     threads: int = 1
+    conv: Conv | None = None  # the geometry, where the op is a convolution
 
     @property
     def density(self) -> float:
@@ -93,6 +95,7 @@ class KernelSpec:
     fields: tuple[tuple[str, int], ...] = ()
     tile: tuple[tuple[str, int], ...] = ()
     version: int = VERSION
+    conv: Conv | None = None
 
     def text(self) -> str:
         """Canonical text: the argument of the op in the graph, the cache key, and all that is needed to re-render."""
@@ -102,6 +105,7 @@ class KernelSpec:
                 self.isa,
                 int(self.bias), [[s.name, [p.hex() for p in s.params]] for s in self.epilogue],
                 [list(p) for p in self.plan], [list(p) for p in self.fields], [list(p) for p in self.tile],
+                *([] if self.conv is None else [self.conv.numbers()]),
             ],
             separators=(",", ":"),
         )  # fmt: skip
@@ -110,7 +114,7 @@ class KernelSpec:
     def parse(cls, text: str) -> KernelSpec:
         """The inverse of `text`. Raises SpecError for text that no KernelSpec printed."""
         try:
-            version, op, variant, fmt, dtype, out, inp, isa, bias, epilogue, plan, fields, tile = json.loads(text)
+            version, op, variant, fmt, dtype, out, inp, isa, bias, epilogue, plan, fields, tile, *conv = json.loads(text)
             spec = cls(
                 op=_str(op), variant=_str(variant), format=_str(fmt), dtype=_str(dtype),
                 out_features=_int(out), in_features=_int(inp), isa=_str(isa), bias=bool(_int(bias)),
@@ -119,6 +123,7 @@ class KernelSpec:
                 fields=tuple((_str(n), _int(v)) for n, v in fields),
                 tile=tuple((_str(n), _int(v)) for n, v in tile),
                 version=_int(version),
+                conv=Conv.parse(*conv) if conv else None,
             )  # fmt: skip
         except (ValueError, TypeError, AttributeError) as error:
             raise SpecError(f"not the text of a KernelSpec: {text[:120]!r} ({error})") from error

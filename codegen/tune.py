@@ -93,6 +93,7 @@ def decision_key(problem: Problem, batch: int, contenders: Sequence[str], machin
     facts = [
         VERSION, problem.op, problem.out_features, problem.in_features, problem.dtype, round(problem.density, 2),
         problem.bias, [s.text() for s in problem.epilogue], batch, problem.threads, list(contenders), machine,
+        *([] if problem.conv is None else [problem.conv.numbers()]),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(facts, separators=(",", ":")).encode()).hexdigest()[:32]
 

@@ -1,0 +1,19 @@
+"""The convolution kernels of the catalogue."""
+
+from __future__ import annotations
+
+from sparsec.codegen import plans_conv
+from sparsec.codegen.catalog import Variant
+
+_ISAS = ("avx512", "avx2", "portable")
+
+VARIANTS: tuple[Variant, ...] = (
+    Variant(
+        "conv_csr", "conv", "csr", "conv_csr.c.jinja", dtypes=("float32", "bfloat16"), isas=_ISAS,
+        choose=plans_conv.tiles, candidates=plans_conv.csr_formats, needs=plans_conv.refuse,
+    ),
+    Variant(
+        "conv_csr_groups", "conv", "csr_groups", "conv_csr_groups.c.jinja", dtypes=("float32", "bfloat16"), isas=_ISAS,
+        choose=plans_conv.tiles, candidates=plans_conv.csr_groups_formats, needs=plans_conv.refuse,
+    ),
+)  # fmt: skip

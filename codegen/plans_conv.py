@@ -1,0 +1,118 @@
+"""The choices behind the convolution kernels: formats blocked for the tile, and the tiles worth timing.
+
+A tile of T output positions keeps T sums of a row (or of four) in registers; the part of the input that one step of
+column blocks reads stays in L1, and the planes of a strip of tiles in L2.
+"""
+
+from __future__ import annotations
+
+from sparsec.codegen.conv import Conv
+from sparsec.codegen.kernel import Plan, Problem
+from sparsec.formats import CSR, CSRGroups, Format
+from sparsec.formats.csr_groups import MAX_BLOCK
+from sparsec.target import ISAS, Target
+
+Tile = tuple[tuple[str, int], ...]
+
+OFFSETS, PANEL, IN_PLACE = 0, 1, 2
+"""Where a kernel finds the input of a column: at an offset into the planes, in a copied panel, in x itself."""
+
+CHUNK_BYTES = 128 << 10  # of sums that wait between two steps
+LONGEST_STRIP = 1024  # positions
+
+
+def refuse(problem: Problem, fmt: Format, target: Target) -> str | None:
+    """Why no convolution kernel takes this problem."""
+    conv = problem.conv
+    if conv is None:
+        return "a convolution is described by its geometry, and this problem has none"
+    channels, rest = divmod(problem.in_features, conv.taps)
+    if rest or problem.out_features % conv.groups:
+        return f"a ({problem.out_features}, {problem.in_features}) weight does not fit {conv.taps} taps"
+    if channels * conv.groups * conv.inputs >= 2**31 or problem.out_features * conv.pixels >= 2**31:
+        return "an image of 2**31 elements and more is beyond the kernel's 32-bit sizes"
+    if plane_floats(conv, channels * conv.groups, 16) >= 2**28:
+        return "the padded planes of one tile would take a gigabyte"
+    if isinstance(fmt, CSRGroups) and conv.groups > 1 and problem.out_features // conv.groups % 4:
+        return f"groups of four rows cannot be cut from {problem.out_features // conv.groups} channels a group"
+    return None
+
+
+def tiles(problem: Problem, fmt: Format, target: Target, isa: str) -> tuple[tuple[Plan, Tile], ...]:
+    """1x1 kernels read x in place where its tiles fill the image, others packed planes, by offset or by a panel."""
+    conv = _geometry(problem)
+    lanes = max(ISAS[isa].lanes, 4)
+    columns = 4 * lanes
+    if conv.layout.flat and problem.dtype == "float32" and conv.pixels % columns == 0:
+        return (((), _tile(problem, fmt, target, columns, IN_PLACE)),)
+    offsets, panel = (((), _tile(problem, fmt, target, columns, mode)) for mode in (OFFSETS, PANEL))
+    if conv.taps == 1:
+        return (offsets,)
+    whole = dict(fmt.fields()).get("block", 1) % conv.taps == 0
+    return (panel, offsets) if whole else (panel,)
+
+
+def _tile(problem: Problem, fmt: Format, target: Target, columns: int, mode: int) -> Tile:
+    conv = _geometry(problem)
+    block = dict(fmt.fields()).get("block", 1)
+    blocks = -(-problem.in_features // block)
+    step = max(1, min(blocks, (target.l1d * 3 // 4) // max(1, block * _column_bytes(conv, columns, mode))))
+    chunk = max(16, CHUNK_BYTES // (4 * columns) // 16 * 16)
+    return (
+        ("mode", mode), ("columns", columns), ("strip", _strip(problem, target, columns, mode)), ("step", step),
+        ("chunk", min(chunk, -(-problem.out_features // 16) * 16)),
+    )  # fmt: skip
+
+
+def _column_bytes(conv: Conv, columns: int, mode: int) -> int:
+    """What a column of the weight brings into L1 for a tile: by offset, the taps of a channel share its planes."""
+    if mode != OFFSETS or conv.taps == 1:
+        return 4 * columns
+    return max(1, 4 * (columns + conv.layout.span) * len(conv.layout.phases) // conv.taps)
+
+
+def _strip(problem: Problem, target: Target, columns: int, mode: int) -> int:
+    """Positions whose planes fill half of L2: the longer, the less often the rows between two strips are packed."""
+    conv = _geometry(problem)
+    if mode == IN_PLACE:
+        return columns
+    channels = problem.in_features // conv.taps * conv.groups
+    strip = columns
+    while strip < LONGEST_STRIP and 4 * plane_floats(conv, channels, 2 * strip) <= target.l2 // 2:
+        strip *= 2
+    return strip
+
+
+def plane_floats(conv: Conv, channels: int, strip: int) -> int:
+    """Floats of the planes of a strip, as the template lays them out."""
+    return channels * len(conv.layout.phases) * (strip + conv.layout.span + 48)
+
+
+def _geometry(problem: Problem) -> Conv:
+    if problem.conv is None:  # `refuse` has said so before
+        raise ValueError("a convolution without geometry")
+    return problem.conv
+
+
+def csr_formats(problem: Problem, target: Target) -> tuple[Format, ...]:
+    """CSR in blocks of whole channels that stay in L1: by offset the taps of a channel share its planes."""
+    if problem.conv is None:
+        return ()
+    room = (target.l1d * 3 // 4) // _column_bytes(problem.conv, _columns(target), PANEL)
+    block = max(1, room // problem.conv.taps) * problem.conv.taps
+    fmt = CSR(block=min(block, problem.in_features))
+    return (fmt.resolve(problem.out_features, problem.in_features),)
+
+
+def csr_groups_formats(problem: Problem, target: Target) -> tuple[Format, ...]:
+    """Groups of four rows, where enough columns are shared; blocks of whole channels if bytes can number them."""
+    if problem.conv is None or problem.density < 0.08:
+        return ()
+    taps = problem.conv.taps
+    room = min(MAX_BLOCK, (target.l1d * 3 // 4) // (4 * _columns(target)))
+    block = room // taps * taps if taps <= room else room
+    return (CSRGroups(min(block, problem.in_features)).resolve(problem.out_features, problem.in_features),)
+
+
+def _columns(target: Target) -> int:
+    return 4 * max(ISAS[target.isas[0]].lanes, 4)
