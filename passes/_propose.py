@@ -16,6 +16,7 @@ from sparsec.driver import Context
 from sparsec.errors import SpecError
 from sparsec.formats import Dense, Format
 from sparsec.graph import Fact, get_constant
+from sparsec.passes import _prepacked
 from sparsec.report import Row
 from sparsec.spec import Auto
 
@@ -43,6 +44,7 @@ class Proposal:
     fact: Fact
     problem: Problem
     candidates: list[Candidate] = field(default_factory=list)
+    refused: Row | None = None  # why there are no candidates, for a site that only its dense op can still speed up
 
 
 def dense_row(fact: Fact, code: str, **values: Any) -> Row:
@@ -80,7 +82,7 @@ def propose(gm: fx.GraphModule, node: fx.Node, fact: Fact, ctx: Context) -> Prop
     )  # fmt: skip
     if isinstance(wanted, Auto):
         if fact.density > AUTO_DENSITY:
-            return dense_row(fact, codes.TOO_DENSE, density=fact.density)
+            return _stay(Proposal(node, fact, problem), ctx, codes.TOO_DENSE, density=fact.density)
         formats = _auto_formats(fact, problem, ctx)
     else:
         weight = get_constant(gm, fact.weight).reshape(rows, cols)
@@ -90,8 +92,17 @@ def propose(gm: fx.GraphModule, node: fx.Node, fact: Fact, ctx: Context) -> Prop
         formats = [wanted]
     found, reasons = _candidates(formats, problem, ctx)
     if not found:
-        return dense_row(fact, codes.NO_VARIANT, detail="; ".join(dict.fromkeys(reasons)) or "no format fits")
+        detail = "; ".join(dict.fromkeys(reasons)) or "no format fits"
+        return _stay(Proposal(node, fact, problem), ctx, codes.NO_VARIANT, detail=detail)
     return Proposal(node, fact, problem, found)
+
+
+def _stay(proposal: Proposal, ctx: Context, code: str, **values: Any) -> Proposal | Row:
+    """The row of a site without kernels, or the proposal that still lets its dense op be prepacked."""
+    row = dense_row(proposal.fact, code, **values)
+    if _prepacked.candidate(proposal.problem, (1,), ctx) is None:
+        return row
+    return dataclasses.replace(proposal, refused=row)
 
 
 def _auto_formats(fact: Fact, problem: Problem, ctx: Context) -> list[Format]:

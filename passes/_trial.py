@@ -20,6 +20,8 @@ from sparsec.formats import Format
 from sparsec.formats._base import Buffers
 from sparsec.graph import get_constant
 from sparsec.ops.linear import OVERLOAD
+from sparsec.passes import _prepacked
+from sparsec.passes._prepacked import Prepacked
 from sparsec.passes._propose import Candidate, Proposal, dense_row
 from sparsec.report import Row
 
@@ -57,19 +59,29 @@ class Trial:
 
     def decide(
         self, proposal: Proposal, x: torch.Tensor, residual: torch.Tensor | None, batches: Sequence[int]
-    ) -> tuple[Choice | None, Row]:
+    ) -> tuple[Choice | Prepacked | None, Row]:
         """Choose for one site. x (..., in) are activations, `batches` the numbers of rows to time."""
         built = [c for c in proposal.candidates if isinstance(self.kernels.get(c.spec), Kernel)]
-        if not built:
-            return None, self._unbuilt(proposal)
-        built, refusal = self._tolerated(proposal, built)
-        if refusal is not None:
+        built, refusal = self._tolerated(proposal, built) if built else ([], self._unbuilt(proposal))
+        packed = _prepacked.candidate(proposal.problem, batches, self.ctx)
+        if refusal is not None and packed is None:
             return None, refusal
         x = x.reshape(-1, x.shape[-1])
         residual = residual.reshape(x.shape[0], -1) if residual is not None else None
         begin = perf_counter()
-        times = self._times(proposal, built, x, residual, batches)
+        times = self._times(proposal, built, packed, x, residual, batches)
         self.seconds.tune += perf_counter() - begin
+        if packed is None or times is None:
+            return self._best(proposal, built, times, x, residual, batches)
+        extra = times.pop()
+        outcome = (None, refusal) if refusal else self._best(proposal, built, times, x, residual, batches)
+        return self._or_prepacked(proposal, packed, times[0], extra, outcome, x, residual)
+
+    def _best(
+        self, proposal: Proposal, built: list[Candidate], times: list[list[float]] | None, x: torch.Tensor,
+        residual: torch.Tensor | None, batches: Sequence[int],
+    ) -> tuple[Choice | None, Row]:  # fmt: skip
+        """The fastest kernel that beats the dense op and verifies."""
         order = range(len(built)) if times is None else sorted(range(len(built)), key=lambda i: sum(times[i + 1]))
         failures = []
         for index in order:
@@ -87,7 +99,23 @@ class Trial:
         row = dense_row(proposal.fact, codes.VERIFY_FAILED, variant=built[0].spec.variant, detail="; ".join(failures))
         return None, row
 
+    def _or_prepacked(
+        self, proposal: Proposal, packed: Prepacked, dense: list[float], extra: list[float],
+        outcome: tuple[Choice | None, Row], x: torch.Tensor, residual: torch.Tensor | None,
+    ) -> tuple[Choice | Prepacked | None, Row]:  # fmt: skip
+        """What was decided so far, or the prepacked dense op where it is faster still."""
+        choice, row = outcome
+        taken = sum(dense) if choice is None else row.sparse_us or 0.0
+        if not _prepacked.wins(dense, extra, taken, self.ctx.options.min_speedup):
+            return outcome
+        weight, bias = self._operands(proposal)
+        if not _prepacked.check(packed, proposal.fact, weight, bias, x, residual).ok:
+            return outcome
+        return packed, _prepacked.report(row, dense, extra)
+
     def _unbuilt(self, proposal: Proposal) -> Row:
+        if proposal.refused is not None:
+            return proposal.refused
         spec = proposal.candidates[0].spec
         detail = str(self.kernels.get(spec, "no kernel was built")).splitlines()[0]
         return dense_row(proposal.fact, codes.BUILD_FAILED, variant=spec.variant, detail=detail)
@@ -171,25 +199,28 @@ class Trial:
         self,
         proposal: Proposal,
         built: list[Candidate],
+        packed: Prepacked | None,
         x: torch.Tensor,
         residual: torch.Tensor | None,
         batches: Sequence[int],
     ) -> list[list[float]] | None:
-        """Microseconds [dense, candidate 0, ...][batch]; None when nothing is timed."""
+        """Microseconds [dense, candidate 0, ..., and prepacked if it is given][batch]; None when nothing is timed."""
         if self.ctx.options.tune == "off":
             return None
-        columns = [self._column(proposal, built, x, residual, batch) for batch in batches]
+        columns = [self._column(proposal, built, packed, x, residual, batch) for batch in batches]
         return [list(row) for row in zip(*columns, strict=True)]
 
     def _column(
-        self, proposal: Proposal, built: list[Candidate], x: torch.Tensor, residual: torch.Tensor | None, batch: int
-    ) -> tuple[float, ...]:
+        self, proposal: Proposal, built: list[Candidate], packed: Prepacked | None, x: torch.Tensor,
+        residual: torch.Tensor | None, batch: int,
+    ) -> tuple[float, ...]:  # fmt: skip
         if self.ctx.options.tune == "model":
             estimates = [cost.dense_us(proposal.problem, batch, self.ctx.target)]
             estimates += [cost.sparse_us(proposal.problem, c.format, c.spec, batch, self.ctx.target) for c in built]
             return tuple(estimates)
-        key = tune.decision_key(proposal.problem, batch, [c.spec.text() for c in built], self._machine)
-        timing = tune.recall(key, len(built) + 1)
+        texts = [c.spec.text() for c in built] + ([packed.kernel.text()] if packed else [])
+        key = tune.decision_key(proposal.problem, batch, texts, self._machine)
+        timing = tune.recall(key, len(texts) + 1)
         if timing is None:
             xb, rb = _rows(x, batch), _rows(residual, batch) if residual is not None else None
             weight, bias = self._operands(proposal)
@@ -197,6 +228,7 @@ class Trial:
             contenders: list[Callable[[], object]] = [
                 lambda: verify.apply_steps(steps, F.linear(xb, weight, bias), rb),
                 *(self._sparse(proposal, c, xb, rb) for c in built),
+                *([_prepacked.call(packed, weight, bias, xb, rb)] if packed else []),
             ]
             timing = tune.measure(contenders)
             tune.remember(key, timing)

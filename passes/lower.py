@@ -9,6 +9,7 @@ from sparsec.formats import Format
 from sparsec.graph import Constant, add_constant, constants, drop_dead_constants, epilogue_nodes, get_constant, sites
 from sparsec.install import Installed, ledger
 from sparsec.ops.linear import BUCKETS, OVERLOAD
+from sparsec.passes import _prepacked
 from sparsec.passes._trial import Choice
 
 
@@ -25,6 +26,9 @@ class Lower(Pass):
         changes = 0
         for node, known in list(sites(gm)):
             choice = known.choice
+            if isinstance(choice, _prepacked.Prepacked):
+                _prepacked.install(gm, node, choice)
+                changes += 1
             if not isinstance(choice, Choice):
                 continue
             key = (known.weight, choice.format)

@@ -12,10 +12,11 @@ from torch import fx
 from sparsec import codes
 from sparsec.codegen import catalog
 from sparsec.codegen.build import build_kernels
-from sparsec.codegen.kernel import DTYPES, Kernel, KernelSpec
+from sparsec.codegen.kernel import DTYPES, KernelSpec
 from sparsec.driver import Context, Pass
 from sparsec.errors import SparsecError
 from sparsec.graph import get_constant, sites, update
+from sparsec.passes._prepacked import Prepacked
 from sparsec.passes._propose import Proposal, dense_row, propose
 from sparsec.passes._trial import Choice, Trial
 from sparsec.report import Row
@@ -41,28 +42,26 @@ class Select(Pass):
             if isinstance(outcome, Row):
                 rows[fact.site] = outcome
             else:
-                rows[fact.site] = dense_row(fact, codes.NEVER_CALLED)
+                rows[fact.site] = outcome.refused or dense_row(fact, codes.NEVER_CALLED)
                 proposals[node] = outcome
         kernels = self._build(proposals, ctx, rows)
         trial = Trial(gm, ctx, kernels)
-        chosen: list[Choice] = []
-        if any(isinstance(k, Kernel) for k in kernels.values()):
+        chosen: list[Choice | Prepacked] = []
+        if proposals:
             for proposal, choice, row in _decisions(gm, ctx, proposals, trial):
                 rows[proposal.fact.site] = row
                 if choice is not None:
                     chosen.append(choice)
                     update(proposal.node, choice=choice)
-                trial.forget([c.buffers for c in chosen])
+                trial.forget([c.buffers for c in chosen if isinstance(c, Choice)])
         for row in rows.values():
             ctx.report.put(row)
         ctx.report.timings["tune_s"] = ctx.report.timings.get("tune_s", 0.0) + trial.seconds.tune
         ctx.report.timings["verify_s"] = ctx.report.timings.get("verify_s", 0.0) + trial.seconds.verify
         return len(chosen)
 
-    def _build(
-        self, proposals: Mapping[fx.Node, Proposal], ctx: Context, rows: dict[str, Row]
-    ) -> dict[KernelSpec, Any]:
-        """Every candidate's kernel, or its error; an empty table when the machine has no compiler."""
+    def _build(self, proposals: dict[fx.Node, Proposal], ctx: Context, rows: dict[str, Row]) -> dict[KernelSpec, Any]:
+        """Every candidate's kernel, or its error; where none could be built, sites with candidates are done with."""
         from sparsec.progress import Progress
 
         if ctx.options.tune == "off":
@@ -81,8 +80,9 @@ class Select(Pass):
             detail = str(error).splitlines()[0]
             missing = catalog.backend(catalog.variant(spec.variant).language).available()
             code = codes.NO_TOOLCHAIN if missing else codes.BUILD_FAILED
-            for proposal in proposals.values():
-                rows[proposal.fact.site] = dense_row(proposal.fact, code, variant=spec.variant, detail=detail)
+            for node in [n for n, p in proposals.items() if p.candidates]:
+                fact = proposals.pop(node).fact
+                rows[fact.site] = dense_row(fact, code, variant=spec.variant, detail=detail)
             ctx.report.note(f"no kernel could be built, so every site stays dense: {detail}")
         return {**kernels, **errors}
 
@@ -113,7 +113,7 @@ class _Runner(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, proposals: Mapping[fx.Node, Proposal], trial: Trial) -> None:
         super().__init__(gm)
         self.proposals, self.trial = proposals, trial
-        self.outcomes: list[tuple[Proposal, Choice | None, Row]] = []
+        self.outcomes: list[tuple[Proposal, Choice | Prepacked | None, Row]] = []
 
     def run_node(self, n: fx.Node) -> Any:
         proposal = self.proposals.get(n)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sparsec.codes import INSTALLED, lookup
+from sparsec.codes import INSTALLED, PREPACKED, lookup
 from sparsec.errors import LoadError, SpecError, nearest
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ class Row:
     `shape` is the weight's. `batch` is the rows of the input that the site saw, or all the sizes that were timed.
     `density` is nonzeros over entries. `nbytes` counts what the site stores now, `dense_nbytes` the dense weight.
     Times are microseconds a call, summed over the sizes when there are several; `sparse_us` of a dense row is what the
-    best candidate took. `error` is the relative error to the original weight: 0 for exact sites, None when unknown.
+    best candidate took, and of a prepacked one what that takes. `error` is the relative error to the original weight:
+    0 for exact sites, None when unknown.
     """
 
     site: str
@@ -60,7 +61,7 @@ class Row:
     @property
     def us(self) -> float | None:
         """Microseconds the site takes as it was decided; None when it was not timed."""
-        return self.dense_us if self.decision == "dense" else self.sparse_us
+        return self.dense_us if self.decision == "dense" and self.code != PREPACKED else self.sparse_us
 
     def to_dict(self) -> dict[str, Any]:
         """Field name -> plain JSON value; tuples become lists, non-finite floats their names."""

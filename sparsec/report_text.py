@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from html import escape
 from typing import TYPE_CHECKING
 
-from sparsec.codes import lookup
+from sparsec.codes import PREPACKED, lookup
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -48,7 +48,7 @@ def cells(row: Row) -> tuple[str, ...]:
     """The texts of one row, in the order of `HEADINGS`."""
     batch = "" if row.batch is None else str(row.batch) if isinstance(row.batch, int) else _span(row.batch)
     gain = "" if row.speedup is None else f"{row.speedup:.{2 if row.speedup < 99.995 else 0}f}x"
-    star = "*" if row.decision == "dense" and row.sparse_us is not None else ""
+    star = "*" if row.decision == "dense" and row.code != PREPACKED and row.sparse_us is not None else ""
     return (
         row.site,
         SHORT_OPS.get(row.op, row.op),
@@ -74,10 +74,10 @@ def compact(fmt: str) -> str:
 
 
 def reasons(report: Report) -> list[tuple[str, str, list[str]]]:
-    """(code, sentence, sites) of everything that stayed dense, rows of one sentence together, in order."""
+    """(code, sentence, sites) of everything that stayed as it was, rows of one sentence together, in order."""
     groups: dict[tuple[str, str], list[str]] = {}
     for row in report.rows:
-        if row.decision == "dense":
+        if row.decision == "dense" and row.code != PREPACKED:
             groups.setdefault((row.code, row.reason or lookup(row.code).title), []).append(row.site)
     return [(code, text, names) for (code, text), names in groups.items()]
 

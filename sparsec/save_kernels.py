@@ -22,6 +22,7 @@ from sparsec.target import Target
 
 _SIZE = 2**31 - 1
 _BUCKETS = "sparsec::linear_buckets"
+_PREPACKED = "sparsec::linear_prepacked"
 
 
 def encode_installed(record: Installed, literal: Callable[[torch.Tensor], str]) -> dict[str, Any]:
@@ -141,6 +142,9 @@ def bind(graph: fx.Graph, installed: Sequence[Installed], fitted: Mapping[str, K
             raise LoadError(f"node {node.name!r} writes a packed buffer")
         if not name.startswith("sparsec::"):
             continue
+        if name == _PREPACKED:
+            _check_prepacked(node)
+            continue
         bound = [*node.args]
         at = 5 if name == _BUCKETS else 4
         if node.kwargs or len(bound) != len(node.target._schema.arguments) or not isinstance(bound[1], (list, tuple)):
@@ -155,6 +159,22 @@ def bind(graph: fx.Graph, installed: Sequence[Installed], fitted: Mapping[str, K
             raise LoadError(f"node {node.name!r}: {bound[6]!r:.60} are no batch ranges")
         bound[at] = spec.text()
         node.args = tuple(bound)
+
+
+def _check_prepacked(node: fx.Node) -> None:
+    """A prepacked site reads a plain weight, whose shape the op itself compares; its text says no more than a plan."""
+    if node.kwargs or len(node.args) != 5 or not isinstance(node.args[4], str):
+        raise LoadError(f"node {node.name!r}: a sparsec call takes all its arguments by position")
+    if getattr(node.args[1], "op", None) != "get_attr":
+        raise LoadError(f"node {node.name!r}: the weight of a prepacked site is an attribute of the model")
+    try:
+        spec = KernelSpec.parse(node.args[4])
+    except SpecError as error:
+        raise LoadError(f"node {node.name!r}: {error}") from error
+    batch = dict(spec.tile).get("batch", 0)
+    named = spec.variant == _PREPACKED.removeprefix("sparsec::") and spec.format == "dense"
+    if not named or not 1 <= batch <= _SIZE or len(spec.epilogue) > 64:
+        raise LoadError(f"node {node.name!r}: {node.args[4][:120]!r} is not the plan of a prepacked site")
 
 
 def make(specs: Sequence[KernelSpec], libraries: Mapping[str, bytes]) -> None:

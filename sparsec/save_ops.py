@@ -87,8 +87,8 @@ METHODS = (
 
 _TORCH: dict[str, Any] = {"torch": torch, "functional": F}
 _SYMBOLIC = ("sym_max", "sym_min", "sym_float", "sym_int", "sym_ite", "sym_not", "sym_sum")
-SPARSEC = ("linear", "linear_buckets")
-"""Ops of our own that follow packed indices; the loader ties each call to a validated weight."""
+SPARSEC = ("linear", "linear_buckets", "linear_prepacked")
+"""Ops of our own. Those that follow packed indices are tied to a validated weight by the loader."""
 
 
 def name_of(op: str, target: Any) -> str:

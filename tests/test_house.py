@@ -54,6 +54,8 @@ MAY_ALSO: dict[str, tuple[set[str], str]] = {
     "passes._propose": ({"codegen"}, "asks the catalogue for candidates"),
     "passes._trial": ({"codegen", "ops"}, "runs candidates through the op that will be installed"),
     "passes.lower": ({"ops"}, "puts the ops into the graph"),
+    "ops.prepacked": ({"verify"}, "torch applies the steps of an epilogue that oneDNN does not fuse"),
+    "passes._prepacked": ({"ops"}, "times and installs the op of dense sites"),
 }
 
 

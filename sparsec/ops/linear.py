@@ -140,7 +140,7 @@ def _cast(kernel: str, *tensors: torch.Tensor | None) -> list[torch.Tensor | Non
     return [t.to(dtype) if t is not None else None for t in tensors]
 
 
-def _autocast(op: Callable[..., torch.Tensor], x: torch.Tensor, *rest: Any) -> torch.Tensor:
+def autocast(op: Callable[..., torch.Tensor], x: torch.Tensor, *rest: Any) -> torch.Tensor:
     """Under autocast the activations come in another dtype than the weight was packed in: cast them, not the weight.
 
     `rest` ends with ..., bias, residual, kernel and, for buckets, the ranges; the operands before are weights.
@@ -182,5 +182,5 @@ _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C
     torch._C.DispatchKey.AutocastCUDA
 )
 for _key in ("AutocastCPU", "AutocastCUDA"):
-    _LIBRARY.impl("linear", partial(_autocast, OVERLOAD), _key)
-    _LIBRARY.impl("linear_buckets", partial(_autocast, BUCKETS), _key)
+    _LIBRARY.impl("linear", partial(autocast, OVERLOAD), _key)
+    _LIBRARY.impl("linear_buckets", partial(autocast, BUCKETS), _key)
