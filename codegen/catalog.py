@@ -142,6 +142,14 @@ CATALOG: tuple[Variant, ...] = (
         "linear_csr_groups_bf16", "linear", "csr_groups", "linear_csr_groups.c.jinja", dtypes=("bfloat16",),
         isas=_AVX512_TO_C, choose=plans.linear, candidates=plans.csr_groups_formats,
     ),
+    Variant(
+        "linear_sell", "linear", "sell", "linear_sell.c.jinja",
+        isas=_AVX512_TO_C, choose=plans.sell, candidates=plans.sell_formats,
+    ),
+    Variant(
+        "linear_sell_bf16", "linear", "sell", "linear_sell.c.jinja", dtypes=("bfloat16",),
+        isas=_AVX512_TO_C, choose=plans.sell, candidates=plans.sell_formats,
+    ),
     Variant("linear_fan_in", "linear", "fan_in", "linear_fan_in.c.jinja", isas=_AVX512_TO_C, choose=plans.linear),
     Variant(
         "linear_fan_in_bf16", "linear", "fan_in", "linear_fan_in.c.jinja", dtypes=("bfloat16",),
@@ -162,10 +170,12 @@ CATALOG: tuple[Variant, ...] = (
 _TABLES = (  # modules with further VARIANTS, imported when first asked for
     "sparsec.codegen.cuda_variants", "sparsec.codegen.tvm_variants", "sparsec.codegen.gather",
     "sparsec.codegen.conv_variants",
+    "sparsec.codegen.chain_variants",
 )  # fmt: skip
 
 _BACKENDS = {  # name -> module with a BACKEND, imported when first needed
     "c": "sparsec.codegen.c", "cuda": "sparsec.codegen.cuda", "tvm": "sparsec.codegen.tvm",
+    "torch": "sparsec.codegen.torch_chain",
 }  # fmt: skip
 
 _LOCK = threading.Lock()

@@ -7,7 +7,8 @@ while values and indices stream past them, the panel layout of Elsen et al., Fas
 from __future__ import annotations
 
 from sparsec.codegen.kernel import Plan, Problem
-from sparsec.formats import CSR, Bitmask, CSRGroups, Format
+from sparsec.formats import CSR, SELL, Bitmask, CSRGroups, Format
+from sparsec.formats import sell as sell_format
 from sparsec.formats.csr_groups import MAX_BLOCK
 from sparsec.target import Target
 
@@ -63,6 +64,26 @@ def csr_groups_formats(problem: Problem, target: Target) -> tuple[Format, ...]:
         return ()
     block = min(_block(problem, target), MAX_BLOCK)
     return (CSRGroups(block).resolve(problem.out_features, problem.in_features),)
+
+
+def sell(problem: Problem, fmt: Format, target: Target, isa: str) -> tuple[tuple[Plan, Tile], ...]:
+    """Panels only, up to the width whose block of activations fits L1d and whose sums fit the registers."""
+    narrow: Plan = ((8, "panel", 8), (0, "panel", 16))
+    if not isa.startswith("avx512"):
+        return ((narrow, ()),)
+    block = fmt.fields()["block"]
+    widest = ((0, "panel", 64),) if 64 * (block + 1) * 4 <= target.l1d else ((0, "panel", 32),)
+    return (((*narrow[:1], (16, "panel", 16), *((32, "panel", 32),)[: widest[0][2] > 32], *widest), ()),)
+
+
+def sell_formats(problem: Problem, target: Target) -> tuple[Format, ...]:
+    """Sliced ELLPACK in the longest blocks whose panels of 32, and of 64, columns fit L1d: the longer ones have fewer
+    ends of slices, the wider panels read the weight half as often, which counts where it streams from memory."""
+    if problem.density > 0.6:
+        return ()
+    sizes = [min(sell_format.MAX_BLOCK, max(16, target.l1d // (4 * columns) - 1)) for columns in (32, 64)]
+    blocks = dict.fromkeys(min(size, max(1, problem.in_features)) for size in sizes)
+    return tuple(SELL(block) for block in blocks)
 
 
 def bitmask_formats(problem: Problem, target: Target) -> tuple[Format, ...]:

@@ -14,14 +14,15 @@ from sparsec.codegen import catalog, plans
 from sparsec.codegen.backend import Backend
 from sparsec.codegen.kernel import DTYPES, STEPS, KernelSpec, Problem, Step
 from sparsec.errors import SpecError
-from sparsec.formats import BSR, CSR, NM, Bitmask, CSRGroups, FanIn, Format, Quantized
+from sparsec.formats import BSR, CSR, NM, SELL, Bitmask, CSRGroups, FanIn, Format, Quantized
 from sparsec.target import ISAS, Target
 
 FULL = Target("x86_64", ISAS["avx512bf16"].features, l1d=32 << 10)
 PLAIN = Target("aarch64")
 PROBLEM = Problem("linear", 384, 1536, "float32", 58_982, True, (Step("gelu"),))
 EXAMPLES: dict[str, Format] = {
-    "csr": CSR(), "bitmask": Bitmask(), "bsr": BSR(16, 1), "csr_groups": CSRGroups(), "nm": NM(2, 4),
+    "csr": CSR(), "bitmask": Bitmask(), "bsr": BSR(16, 1), "csr_groups": CSRGroups(), "sell": SELL(),
+    "nm": NM(2, 4),
     "fan_in": FanIn(9), "quantized": Quantized(),
 }  # fmt: skip
 

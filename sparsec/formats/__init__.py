@@ -16,12 +16,13 @@ from sparsec.formats.fan_in import FanIn
 from sparsec.formats.group_int4 import GroupInt4
 from sparsec.formats.nm import NM
 from sparsec.formats.quantized import Quantized
+from sparsec.formats.sell import SELL
 from sparsec.formats.spqr import SpQR
 from sparsec.formats.tiled_csl import TiledCSL
 from sparsec.formats.two_four import TwoFour
 
 _BUILT_IN = (
-    Dense, CSR, CSRGroups, Bitmask, BSR, NM, FanIn, TiledCSL, TwoFour, GroupInt4, SpQR, Quantized,
+    Dense, CSR, CSRGroups, SELL, Bitmask, BSR, NM, FanIn, TiledCSL, TwoFour, GroupInt4, SpQR, Quantized,
 )  # fmt: skip
 FORMATS: dict[str, type[Format]] = {cls.name: cls for cls in _BUILT_IN}
 """Name in canonical text -> class. A user's formats join through `register_format`."""
@@ -132,6 +133,7 @@ __all__ = [
     "CSR",
     "FORMATS",
     "NM",
+    "SELL",
     "VALUE_DTYPES",
     "Bitmask",
     "Buffers",
