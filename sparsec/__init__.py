@@ -37,7 +37,22 @@ from sparsec.errors import (
     VerifyError,
 )
 from sparsec.export_c import export_c
-from sparsec.formats import BSR, CSR, NM, Bitmask, Dense, FanIn, Format, GroupInt4, SpQR, TiledCSL, TwoFour
+from sparsec.formats import (
+    BSR,
+    CSR,
+    NM,
+    SELL,
+    Bitmask,
+    CSRGroups,
+    Dense,
+    FanIn,
+    Format,
+    GroupInt4,
+    Quantized,
+    SpQR,
+    TiledCSL,
+    TwoFour,
+)
 from sparsec.passes import DEFAULT
 from sparsec.report import Report
 from sparsec.save import load, save
@@ -74,9 +89,11 @@ __all__ = [
     "CSR",
     "DEFAULT",
     "NM",
+    "SELL",
     "Auto",
     "Backend",
     "Bitmask",
+    "CSRGroups",
     "CaptureError",
     "Dense",
     "DependencyError",
@@ -93,6 +110,7 @@ __all__ = [
     "Monarch",
     "Pass",
     "PassError",
+    "Quantized",
     "Report",
     "SpQR",
     "Sparse",
