@@ -36,7 +36,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 MAY_ALSO: dict[str, tuple[set[str], str]] = {
     "__init__": ({"api", "face", "formats", "passes", "codegen", "ops", "sparsifiers", "factors"}, "the public names"),
     "api": ({"formats", "passes", "codegen", "ops", "sparsifiers"}, "the public functions import everything"),
-    "testing": ({"formats", "codegen", "ops"}, "problems and oracles for tests and benchmarks"),
+    "testing": ({"formats", "codegen", "ops", "testing_relations"}, "problems and oracles for tests and benchmarks"),
+    "testing_relations": ({"formats", "ops"}, "runs kernels through their op"),
+    "testing_kernels": ({"testing", "formats", "codegen"}, "draws kernels of every variant and builds them"),
     "spec": ({"factors"}, "factors are values of a spec"),
     "formats._base": ({"factors"}, "a + b builds a Sum"),
     "export_c": ({"codegen"}, "writes kernels into a C project"),
@@ -52,10 +54,12 @@ MAY_ALSO: dict[str, tuple[set[str], str]] = {
     "ops.linear": ({"verify"}, "a bucket that keeps its dense weight applies the same epilogue"),
     "passes.select": ({"codegen"}, "builds and times candidates"),
     "passes._propose": ({"codegen"}, "asks the catalogue for candidates"),
-    "passes._trial": ({"codegen", "ops"}, "runs candidates through the op that will be installed"),
-    "passes.lower": ({"ops"}, "puts the ops into the graph"),
     "ops.prepacked": ({"verify"}, "torch applies the steps of an epilogue that oneDNN does not fuse"),
     "passes._prepacked": ({"ops"}, "times and installs the op of dense sites"),
+    "ops.conv": ({"verify"}, "a bucket that keeps its dense weight applies the same epilogue"),
+    "passes._product": ({"ops"}, "knows the op of every kind of site"),
+    "passes._trial": ({"codegen", "ops"}, "runs candidates through the op that will be installed"),
+    "passes.lower": ({"ops"}, "puts the ops into the graph"),
 }
 
 

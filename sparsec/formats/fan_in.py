@@ -62,9 +62,9 @@ class FanIn(Format):
         indices = np.zeros((rows, self.k), np.int32 if wide else np.uint16)
         for start, stop in row_chunks(rows, cols):
             taken = bits[start:stop].copy()
-            for row in np.flatnonzero(np.count_nonzero(taken, axis=1) < self.k):
-                free = np.flatnonzero(~taken[row])
-                taken[row, free[: self.k - np.count_nonzero(taken[row])]] = True
+            missing = self.k - np.count_nonzero(taken, axis=1)
+            if missing.any():  # the first free positions of a row are stored too, as zeros
+                taken |= np.cumsum(~taken, axis=1, dtype=np.int32) * ~taken - 1 < missing[:, None]
             order = np.nonzero(taken)[1].reshape(stop - start, self.k)
             part = np.where(bits[start:stop], source[start:stop], np.zeros((), source.dtype))
             values[start:stop] = np.take_along_axis(part, order, axis=1)
