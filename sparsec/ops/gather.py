@@ -57,9 +57,7 @@ class Pairs:
         if bool((key[1:] < key[:-1]).any()):
             order = torch.argsort(key)
             offset, source, target = offset[order], source[order], target[order]
-        chunk = chunk or max(
-            96, min(1024, -(-outputs // 16))
-        )  # W[k] serves a chunk from L1, and every thread gets some
+        chunk = chunk or max(1, -(-outputs // max(1, min(16, outputs // 96))))  # W[k] in L1; every thread gets some
         chunks = -(-outputs // chunk)
         cells = torch.bincount(offset * chunks + target // chunk, minlength=offsets * chunks)
         ends = torch.cat([cells.new_zeros(1), cells.cumsum(0)])
@@ -113,33 +111,26 @@ def _gather_gemm(
     back: Sequence[torch.Tensor],
     back_sizes: Sequence[int],
 ) -> torch.Tensor:
-    """x (inputs, in), weight (offsets, in, out), bias (out,) --> (outputs, out)."""
+    """x (inputs, in), weight (out, in, offsets), bias (out,) --> (outputs, out)."""
     outputs, chunk, bounds = sizes[0], sizes[1], sizes[2:]
-    if x.dim() != 2 or weight.dim() != 3 or x.shape[1] != weight.shape[1] or len(bounds) != weight.shape[0] + 1:
+    if x.dim() != 2 or weight.dim() != 3 or x.shape[1] != weight.shape[1] or len(bounds) != weight.shape[2] + 1:
         raise InputError(
-            f"features {tuple(x.shape)} do not fit a weight of {tuple(weight.shape)} (offsets, in, out) and a rulebook "
+            f"features {tuple(x.shape)} do not fit a weight of {tuple(weight.shape)} (out, in, offsets) and a rulebook "
             f"of {len(bounds) - 1} offsets"
         )
     call = kernel_call() if fits(x, weight, bias) else None
     if call is not None and weight.numel():
-        y = x.new_empty((outputs, weight.shape[2]))
-        tensors = (
-            x.contiguous(),
-            weight.contiguous(),
-            None if bias is None else bias.contiguous(),
-            None,
-            *pairs,
-            y,
-            None,
-        )
-        run(call, *tensors, 1, x.shape[0], outputs, weight.shape[0], chunk, 1, weight.shape[1], weight.shape[2])
+        y, n = x.new_empty((outputs, weight.shape[0])), (x.shape[0], outputs)
+        x, weight, bias = x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
+        sizes = 1, *n, weight.shape[2], chunk, 1, weight.shape[1], weight.shape[0], 0, 0
+        run(call, x, weight, bias, None, *pairs, y, torch.empty_like(weight), None, *sizes)
         return y
     wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-    sums = x.new_zeros((outputs, weight.shape[2]), dtype=wide)
+    sums = x.new_zeros((outputs, weight.shape[0]), dtype=wide)
     for k, (begin, end) in enumerate(itertools.pairwise(bounds)):
         if end > begin:
             rows = x.index_select(0, pairs[0][begin:end])
-            sums.index_add_(0, pairs[1][begin:end], (rows @ weight[k]).to(wide))
+            sums.index_add_(0, pairs[1][begin:end], (rows @ weight[:, :, k].t()).to(wide))
     return (sums if bias is None else sums + bias).to(x.dtype)
 
 
@@ -153,14 +144,14 @@ def run(call: Callable[..., Any], *operands: Any) -> None:
 def _weight_grad(
     x: torch.Tensor, dy: torch.Tensor, pairs: Sequence[torch.Tensor], sizes: Sequence[int]
 ) -> torch.Tensor:
-    """dW[k] = sum over the pairs of offset k of x[source]^T dy[target]."""
+    """dW[:, :, k] = sum over the pairs of offset k of dy[target]^T x[source]."""
     bounds = sizes[2:]
-    grad = x.new_zeros((len(bounds) - 1, x.shape[1], dy.shape[1]))
+    grad = x.new_zeros((len(bounds) - 1, dy.shape[1], x.shape[1]))
     for k, (begin, end) in enumerate(itertools.pairwise(bounds)):
         if end > begin:
             rows = x.index_select(0, pairs[0][begin:end]), dy.index_select(0, pairs[1][begin:end])
-            torch.mm(rows[0].t(), rows[1], out=grad[k])
-    return grad
+            torch.mm(rows[1].t(), rows[0], out=grad[k])
+    return grad.permute(1, 2, 0).contiguous()
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -176,7 +167,7 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
     pairs, back = rest[:3], rest[3:]
     dx = dw = db = None
     if ctx.needs_input_grad[0]:
-        turned = weight.transpose(1, 2).contiguous()
+        turned = weight.transpose(0, 1).contiguous()
         dx = GATHER(dy, turned, None, back, ctx.back_sizes, pairs, ctx.sizes)
     if ctx.needs_input_grad[1]:
         dw = WEIGHT_GRAD(x, dy.contiguous(), pairs, ctx.sizes)
@@ -186,11 +177,11 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _fake_gather(x: Any, weight: Any, bias: Any, pairs: Any, sizes: Any, back: Any, back_sizes: Any) -> Any:
-    return x.new_empty((sizes[0], weight.shape[2]))
+    return x.new_empty((sizes[0], weight.shape[0]))
 
 
 def _fake_weight_grad(x: Any, dy: Any, pairs: Any, sizes: Any) -> Any:
-    return x.new_empty((len(sizes) - 3, x.shape[1], dy.shape[1]))
+    return x.new_empty((dy.shape[1], x.shape[1], len(sizes) - 3))
 
 
 for _key in ("CPU", "CUDA"):
@@ -205,7 +196,7 @@ WEIGHT_GRAD = torch.ops.sparsec.gather_weight_grad.default
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pairs: Pairs) -> torch.Tensor:
-    """x (inputs, in) through a rulebook and a weight (offsets, in, out): (outputs, out); differentiable."""
+    """x (inputs, in) through a rulebook and a weight (out, in, offsets): (outputs, out); differentiable."""
     forward, sizes = pairs.operands
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     back, back_sizes = pairs.transposed.operands if wanted else ([], [])

@@ -83,8 +83,7 @@ def _applied(
     x: SparseTensor, weight: torch.Tensor, bias: torch.Tensor | None, book: tuple[Pairs, Index]
 ) -> SparseTensor:
     pairs, outputs = book
-    packed = weight.flatten(2).permute(2, 1, 0).contiguous()  # (offsets, in, out)
-    return at_index(outputs, product(x.features, packed, bias, pairs))
+    return at_index(outputs, product(x.features, weight.flatten(2), bias, pairs))
 
 
 def _kernel(x: SparseTensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[int, ...]:
