@@ -41,6 +41,16 @@ def chain_needs(problem: Problem, fmt: Format, target: Target) -> str | None:
     return None
 
 
+def torch_needs(problem: Problem, fmt: Format, target: Target) -> str | None:
+    """The factor's own buffers, all of them dense."""
+    terms = getattr(fmt, "terms", None)
+    if terms is None or getattr(fmt, "tiled", 1):
+        return "torch's products read the operands as the factor has them"
+    if any(operand.format is not None for term in terms() for operand in term.operands):
+        return "torch has no fast product with a sparse operand"
+    return None
+
+
 VARIANTS: tuple[Variant, ...] = (
     Variant(
         "chain", OP, FORMAT, "chain.c.jinja", isas=("avx512", "avx2", "portable"), choose=panels,
@@ -49,5 +59,8 @@ VARIANTS: tuple[Variant, ...] = (
     Variant(
         "chain_bf16", OP, FORMAT, "chain.c.jinja", dtypes=("bfloat16",), isas=("avx512", "avx2", "portable"),
         choose=panels, needs=chain_needs,
+    ),
+    Variant(
+        "chain_torch", OP, FORMAT, language="torch", dtypes=("float32", "bfloat16", "float16"), needs=torch_needs,
     ),
 )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sparsec.driver import Pipeline
 from sparsec.passes.annotate import Annotate
+from sparsec.passes.factor import Factorise
 from sparsec.passes.fold import Fold
 from sparsec.passes.fuse import Fuse
 from sparsec.passes.lower import Lower
@@ -16,10 +17,11 @@ DEFAULT = Pipeline(
         Fold(),  # before annotate: folding makes the weights that are measured
         Annotate(),  # facts for everything below: sites, densities, structures, refusals
         Fuse(),  # needs sites; before select, because the tail is part of the kernel that is timed
+        Factorise(),  # before select, which leaves decided sites alone; lossy, so only where the spec names a factor
         Select(),  # needs the final weights and tails; decides by the clock and verifies
         Lower(),  # last: nothing reads a dense weight behind it
     )
 )
 """What `compile` runs. Edits by name give a new list: `DEFAULT.insert_before("select", MyPass())`."""
 
-__all__ = ["DEFAULT", "Annotate", "Fold", "Fuse", "Lower", "Normalise", "Select"]
+__all__ = ["DEFAULT", "Annotate", "Factorise", "Fold", "Fuse", "Lower", "Normalise", "Select"]

@@ -14,6 +14,7 @@ from sparsec.codegen import catalog, plans
 from sparsec.codegen.kernel import DTYPES, KernelSpec, Problem
 from sparsec.driver import Context
 from sparsec.errors import SpecError
+from sparsec.factors import Factor
 from sparsec.formats import Dense, Format
 from sparsec.graph import Fact, get_constant
 from sparsec.passes import _prepacked
@@ -65,6 +66,8 @@ def propose(gm: fx.GraphModule, node: fx.Node, fact: Fact, ctx: Context) -> Prop
     wanted = ctx.spec.match(fact.site, fact.module)
     if wanted is None or isinstance(wanted, Dense):
         return dense_row(fact, codes.SPEC_DENSE)
+    if isinstance(wanted, Factor):
+        return _not_factored(fact, wanted, ctx)
     if fact.refusal:
         code, reason = fact.refusal
         return dataclasses.replace(dense_row(fact, codes.SPEC_DENSE), code=code, reason=reason)
@@ -95,6 +98,16 @@ def propose(gm: fx.GraphModule, node: fx.Node, fact: Fact, ctx: Context) -> Prop
         detail = "; ".join(dict.fromkeys(reasons)) or "no format fits"
         return _stay(Proposal(node, fact, problem), ctx, codes.NO_VARIANT, detail=detail)
     return Proposal(node, fact, problem, found)
+
+
+def _not_factored(fact: Fact, wanted: Factor, ctx: Context) -> Row:
+    """The row of a site whose factor no pass has fitted: they are lossy, and one option forbids them all."""
+    if ctx.options.tolerance != 0:
+        raise SpecError(
+            f"site {fact.site!r}: the spec asks for {wanted.text()}, and the list of passes has no 'factor' before "
+            "'select'; use sparsec.DEFAULT or insert sparsec.passes.Factorise()"
+        )
+    return dense_row(fact, codes.LOSSY, factor=wanted.text())
 
 
 def _stay(proposal: Proposal, ctx: Context, code: str, **values: Any) -> Proposal | Row:

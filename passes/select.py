@@ -12,10 +12,11 @@ from torch import fx
 from sparsec import codes
 from sparsec.codegen import catalog
 from sparsec.codegen.build import build_kernels
-from sparsec.codegen.kernel import DTYPES, KernelSpec
+from sparsec.codegen.kernel import DTYPES, Kernel, KernelSpec
 from sparsec.driver import Context, Pass
 from sparsec.errors import SparsecError
-from sparsec.graph import get_constant, sites, update
+from sparsec.factors import Factor
+from sparsec.graph import Fact, get_constant, sites, update
 from sparsec.passes._prepacked import Prepacked
 from sparsec.passes._propose import Proposal, dense_row, propose
 from sparsec.passes._trial import Choice, Trial
@@ -38,14 +39,16 @@ class Select(Pass):
         proposals: dict[fx.Node, Proposal] = {}
         rows: dict[str, Row] = {}
         for node, fact in sites(gm):
-            outcome = propose(gm, node, fact, ctx)
+            outcome = self.propose(gm, node, fact, ctx)
+            if outcome is None:
+                continue
             if isinstance(outcome, Row):
                 rows[fact.site] = outcome
             else:
                 rows[fact.site] = outcome.refused or dense_row(fact, codes.NEVER_CALLED)
                 proposals[node] = outcome
         kernels = self._build(proposals, ctx, rows)
-        trial = Trial(gm, ctx, kernels)
+        trial = self.trial(gm, ctx, kernels)
         chosen: list[Choice | Prepacked] = []
         if proposals:
             for proposal, choice, row in _decisions(gm, ctx, proposals, trial):
@@ -59,6 +62,15 @@ class Select(Pass):
         ctx.report.timings["tune_s"] = ctx.report.timings.get("tune_s", 0.0) + trial.seconds.tune
         ctx.report.timings["verify_s"] = ctx.report.timings.get("verify_s", 0.0) + trial.seconds.verify
         return len(chosen)
+
+    def propose(self, gm: fx.GraphModule, node: fx.Node, fact: Fact, ctx: Context) -> Proposal | Row | None:
+        """The candidates of a site, or why it stays dense; None for a site that is not for this pass to decide."""
+        decided = isinstance(ctx.spec.match(fact.site, fact.module), Factor) and fact.site in ctx.report
+        return None if decided else propose(gm, node, fact, ctx)
+
+    def trial(self, gm: fx.GraphModule, ctx: Context, kernels: Mapping[KernelSpec, Kernel | Exception]) -> Trial:
+        """What decides between the candidates."""
+        return Trial(gm, ctx, kernels)
 
     def _build(self, proposals: dict[fx.Node, Proposal], ctx: Context, rows: dict[str, Row]) -> dict[KernelSpec, Any]:
         """Every candidate's kernel, or its error; where none could be built, sites with candidates are done with."""

@@ -27,6 +27,7 @@ SPEC_DENSE = "SPC0200"
 TOO_DENSE = "SPC0201"
 FORMAT_REFUSES = "SPC0202"
 TOLERANCE = "SPC0203"
+LOSSY = "SPC0204"
 DTYPE = "SPC0300"
 COMPLEX = "SPC0301"
 QUANTISED = "SPC0302"
@@ -73,6 +74,7 @@ _TABLE = (
     Code(TOO_DENSE, "too dense", "{density:.1%} of the weight is nonzero, too much for any kernel to be tried"),
     Code(FORMAT_REFUSES, "format refuses", "the weight does not fit {format}: {detail}"),
     Code(TOLERANCE, "over the tolerance", "{factor} has a relative error of {error:.2e}, over tolerance={tolerance:g}"),
+    Code(LOSSY, "lossy, and forbidden", "{factor} is lossy, and tolerance=0 forbids that"),
     Code(DTYPE, "dtype without kernels", "no kernels for {dtype}; there are some for {known}"),
     Code(COMPLEX, "complex weight", "complex weights ({dtype}) stay dense"),
     Code(QUANTISED, "quantised weight", "the weight is quantised already ({detail}) and stays as it is"),

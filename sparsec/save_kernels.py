@@ -13,6 +13,7 @@ from torch import fx
 from sparsec.codegen import build, catalog, render
 from sparsec.codegen.kernel import KernelSpec, Problem
 from sparsec.errors import DeviceError, FormatError, LoadError, SpecError
+from sparsec.factors.chain import Factored
 from sparsec.formats import Format, parse
 from sparsec.install import Installed
 from sparsec.recipes import Constant
@@ -64,7 +65,8 @@ def decode_installed(
 
 def _format(data: Any, rows: int, cols: int) -> Format:
     try:
-        fmt = parse(text(data, "format", 1000))
+        written = text(data, "format", 1000)
+        fmt: Format = Factored.parse(written) if written.startswith(f"{Factored.name}(") else parse(written)
         if fmt.resolve(rows, cols) != fmt:
             raise LoadError(f"format {data!r:.100} has open fields")
     except (SpecError, ArithmeticError) as error:
