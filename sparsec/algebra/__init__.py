@@ -16,6 +16,7 @@ from sparsec.algebra.operands import (
     Toeplitz,
 )
 from sparsec.algebra.plan import Plan, plan
+from sparsec.algebra.rules import Rule, rule, rules
 from sparsec.algebra.sharing import plan_many
 
 __all__ = [
@@ -28,9 +29,12 @@ __all__ = [
     "Kron",
     "Operand",
     "Plan",
+    "Rule",
     "Sparse",
     "Symmetric",
     "Toeplitz",
     "plan",
     "plan_many",
+    "rule",
+    "rules",
 ]
