@@ -4,7 +4,7 @@
 
 Each case damages one valid input at random and demands a typed error or a valid result: never another exception, never
 a crash, and never a call of the payload that the damage carries. A failure prints its seed and number, which is all
-that is needed to see it again: `--seed S --only N --layer NAME`.
+that is needed to see it again: `--seed S --only N --layer NAME`. Totals add up in a file over runs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from sparsec.errors import FormatError, LoadError, SparsecError, SpecError
 from sparsec.formats import BSR, CSR, NM, Bitmask, FanIn, Format, TiledCSL, parse
 from sparsec.save import _module, _tensors
 from sparsec.save_report import check_report
-from sparsec.target import Target
+from sparsec.testing_totals import DEFAULT_PATH, Totals, resume
 
 FLAG = "SPARSEC_TEST_PAYLOAD_RAN"
 PAYLOAD = f"__import__('builtins').{FLAG}.append(1)"
@@ -297,53 +297,82 @@ def _typed(action: Callable[[], object], expected: type[Exception]) -> str:
     return "accepted"
 
 
-def run(
-    seed: int, cases: int, layers: list[str], only: int | None = None
-) -> tuple[dict[str, dict[str, int]], list[str]]:
-    """Totals {layer: {outcome: count}} and failures. Case n of a layer depends on (seed, layer, n) alone."""
-    setattr(builtins, FLAG, [])
-    totals: dict[str, dict[str, int]] = {}
+SHARES = {
+    "format": 250, "member": 250, "validate": 200, "kernel": 120, "report": 120, "container": 48, "graph": 10,
+    "call": 2,
+}  # fmt: skip
+"""Cases of each layer among a thousand: the cheap ones often, whole loads with a call twice."""
+
+
+def check(fuzzer: Fuzzer, seed: int, layer: str, number: int) -> tuple[str, str]:
+    """Outcome of one case, which follows from (seed, layer, number) alone, and what is wrong, or ""."""
+    name, wrong = f"--seed {seed} --layer {layer} --only {number}", ""
+    try:
+        outcome = fuzzer.layers[layer](random.Random(f"{seed}/{layer}/{number}"))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # every untyped exception is a finding
+        outcome, wrong = "failed", f"{name}: {type(error).__name__}: {error!s:.200}"
+    if getattr(builtins, FLAG):
+        getattr(builtins, FLAG).clear()
+        wrong = f"{name}: the payload ran"
+    return outcome, wrong
+
+
+def run(seed: int, cases: int, layers: list[str]) -> tuple[dict[str, dict[str, int]], list[str]]:
+    """Totals {layer: {outcome: count}} and failures of `cases` of every layer, and a fiftieth of whole loads."""
+    with fuzzing() as fuzzer:
+        wanted = {layer: cases // 50 if layer == "call" else cases for layer in layers or fuzzer.layers}
+        return count(fuzzer, seed, {layer: range(share) for layer, share in wanted.items()})
+
+
+def count(fuzzer: Fuzzer, seed: int, wanted: dict[str, range]) -> tuple[dict[str, dict[str, int]], list[str]]:
+    """Totals {layer: {outcome: count}} and failures of the given cases."""
+    totals: dict[str, dict[str, int]] = {layer: {} for layer in wanted}
     failures: list[str] = []
-    with tempfile.TemporaryDirectory() as folder:
-        fuzzer = Fuzzer(Path(folder))
-        for layer in layers or list(fuzzer.layers):
-            share = cases // 50 if layer == "call" else cases
-            for number in range(share) if only is None else [only]:
-                rng = random.Random(f"{seed}/{layer}/{number}")
-                try:
-                    outcome = fuzzer.layers[layer](rng)
-                except BaseException as error:  # every untyped exception is a finding
-                    if isinstance(error, KeyboardInterrupt):
-                        raise
-                    outcome = "failed"
-                    failures.append(
-                        f"--seed {seed} --layer {layer} --only {number}: {type(error).__name__}: {error!s:.200}"
-                    )
-                    if only is not None:
-                        raise
-                if getattr(builtins, FLAG):
-                    failures.append(f"--seed {seed} --layer {layer} --only {number}: the payload ran")
-                    getattr(builtins, FLAG).clear()
-                totals.setdefault(layer, {}).setdefault(outcome, 0)
-                totals[layer][outcome] += 1
+    for layer, numbers in wanted.items():
+        for number in numbers:
+            outcome, wrong = check(fuzzer, seed, layer, number)
+            totals[layer][outcome] = totals[layer].get(outcome, 0) + 1
+            failures += [wrong] if wrong else []
     return totals, failures
+
+
+@contextlib.contextmanager
+def fuzzing() -> Iterator[Fuzzer]:
+    """A Fuzzer with its folder in memory where there is one, and the payload's flag."""
+    setattr(builtins, FLAG, [])
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        yield Fuzzer(Path(folder))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cases", type=int, default=10_000, help="per layer; whole loads with a call: a fiftieth")
-    parser.add_argument("--layer", action="append", default=[])
+    parser.add_argument("--cases", type=int, default=10_000, help="in all, with those already recorded")
+    parser.add_argument("--layer", default="", help="with --only")
     parser.add_argument("--only", type=int, default=None, help="one case, with its traceback")
+    parser.add_argument("--totals", type=Path, default=DEFAULT_PATH, help="JSON file that runs add to")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no block after this long")
     options = parser.parse_args()
-    totals, failures = run(options.seed, options.cases, options.layer, options.only)
-    for layer, counts in totals.items():
+    with fuzzing() as fuzzer:
+        if options.only is not None:
+            print(fuzzer.layers[options.layer](random.Random(f"{options.seed}/{options.layer}/{options.only}")))
+            return 1 if getattr(builtins, FLAG) else 0
+
+        def block(number: int) -> tuple[dict[str, Any], list[str]]:
+            numbers = {layer: range(number * share, (number + 1) * share) for layer, share in SHARES.items()}
+            totals, failures = count(fuzzer, options.seed, numbers)
+            return {"mutations": sum(SHARES.values()), "layers": totals}, failures
+
+        record = resume(
+            Totals(options.totals), "hostile", options.seed, options.cases, "mutations", block, options.seconds
+        )
+    for layer, counts in record.get("layers", {}).items():
         print(f"{layer:<10} " + ", ".join(f"{n} {outcome}" for outcome, n in sorted(counts.items())))
-    for line in failures[:40]:
-        print(line)
-    done = sum(n for counts in totals.values() for n in counts.values())
-    print(f"seed {options.seed}: {done} mutations, {len(failures)} failures, machine {Target.probe().name}")
-    return 1 if failures else 0
+    print(f"seed {options.seed}: {record.get('mutations', 0)} mutations, {len(record['failures'])} failures")
+    return 1 if record["failures"] else 0
 
 
 if __name__ == "__main__":
