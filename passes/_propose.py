@@ -17,7 +17,7 @@ from sparsec.errors import SpecError
 from sparsec.factors import Factor
 from sparsec.formats import Dense, Format
 from sparsec.graph import Fact, get_constant
-from sparsec.passes import _prepacked
+from sparsec.passes import _prepacked, _product
 from sparsec.report import Row
 from sparsec.spec import Auto
 
@@ -80,11 +80,21 @@ def propose(gm: fx.GraphModule, node: fx.Node, fact: Fact, ctx: Context) -> Prop
         return dense_row(fact, codes.DEVICE, device=f"{device} while the target is {ctx.target}")
     rows, cols = fact.matrix
     problem = Problem(
-        op=fact.op, out_features=rows, in_features=cols, dtype=fact.dtype, nnz=fact.nnz, bias=fact.bias is not None,
-        epilogue=fact.epilogue, batches=(), threads=torch.get_num_threads(),
+        op=_product.op_of(fact), out_features=rows, in_features=cols, dtype=fact.dtype, nnz=fact.nnz,
+        bias=fact.bias is not None, epilogue=fact.epilogue, batches=(), threads=torch.get_num_threads(),
     )  # fmt: skip
+    if problem.op == "conv":
+        conv = _product.geometry(node, fact)
+        if isinstance(conv, str):
+            return dense_row(fact, codes.NO_VARIANT, detail=conv)
+        problem = dataclasses.replace(problem, conv=conv)
+        if not ctx.has_examples:
+            return dense_row(fact, codes.NO_EXAMPLES, op=fact.op)
     if isinstance(wanted, Auto):
         if fact.density > AUTO_DENSITY:
+            found, _ = _candidates([Dense()], problem, ctx)
+            if found:
+                return Proposal(node, fact, problem, found)
             return _stay(Proposal(node, fact, problem), ctx, codes.TOO_DENSE, density=fact.density)
         formats = _auto_formats(fact, problem, ctx)
     else:

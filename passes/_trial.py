@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
 from sparsec import codes, cost, verify
@@ -16,11 +15,10 @@ from sparsec.codegen import tune
 from sparsec.codegen.kernel import Kernel, KernelSpec
 from sparsec.driver import Context
 from sparsec.errors import DeviceError, VerifyError
-from sparsec.formats import Format
+from sparsec.formats import Dense, Format
 from sparsec.formats._base import Buffers
 from sparsec.graph import get_constant
-from sparsec.ops.linear import OVERLOAD
-from sparsec.passes import _prepacked
+from sparsec.passes import _prepacked, _product
 from sparsec.passes._prepacked import Prepacked
 from sparsec.passes._propose import Candidate, Proposal, dense_row
 from sparsec.report import Row
@@ -60,14 +58,14 @@ class Trial:
     def decide(
         self, proposal: Proposal, x: torch.Tensor, residual: torch.Tensor | None, batches: Sequence[int]
     ) -> tuple[Choice | Prepacked | None, Row]:
-        """Choose for one site. x (..., in) are activations, `batches` the numbers of rows to time."""
+        """Choose for one site. x (..., in) are activations, or (images, channels, *size);
+        `batches` the numbers of rows, or of images, to time."""
         built = [c for c in proposal.candidates if isinstance(self.kernels.get(c.spec), Kernel)]
         built, refusal = self._tolerated(proposal, built) if built else ([], self._unbuilt(proposal))
         packed = _prepacked.candidate(proposal.problem, batches, self.ctx)
         if refusal is not None and packed is None:
             return None, refusal
-        x = x.reshape(-1, x.shape[-1])
-        residual = residual.reshape(x.shape[0], -1) if residual is not None else None
+        x, residual = _product.flatten(proposal.problem, x, residual)
         begin = perf_counter()
         times = self._times(proposal, built, packed, x, residual, batches)
         self.seconds.tune += perf_counter() - begin
@@ -176,8 +174,8 @@ class Trial:
     ) -> Callable[[], torch.Tensor]:
         buffers = list(self.pack(proposal, candidate.format).values())
         _, bias = self._operands(proposal)
-        text = candidate.spec.text()
-        return lambda: OVERLOAD(x, buffers, bias, residual, text)
+        text, op = candidate.spec.text(), _product.overload(candidate.spec.op)
+        return lambda: op(x, buffers, bias, residual, text)
 
     def _verify(
         self, proposal: Proposal, candidate: Candidate, x: torch.Tensor, residual: torch.Tensor | None
@@ -188,10 +186,12 @@ class Trial:
             weight = fmt.unpack(packed, *proposal.fact.matrix)
         with torch.inference_mode():
             y = self._sparse(proposal, candidate, x, residual)()
-            rows = verify.sample(x.shape[0])
-            rest = residual[rows] if residual is not None else None
-            stored, blur = fmt.positions(packed, *proposal.fact.matrix), fmt.blur(x[rows])
-            return verify.check(y[rows], x[rows], weight, bias, proposal.fact.epilogue, rest, stored, blur)
+            stored, steps = fmt.positions(packed, *proposal.fact.matrix), proposal.fact.epilogue
+            verdicts = [
+                verify.check(s.y, s.x, s.weight, s.bias, steps, s.residual, s.stored, fmt.blur(s.x))
+                for s in _product.samples(proposal.problem, y, x, weight, stored, bias, residual)
+            ]
+        return max(verdicts, key=lambda verdict: (not verdict.ok, verdict.worst))
 
     # -- timing ------------------------------------------------------------------------------------------------------
 
@@ -224,9 +224,10 @@ class Trial:
         if timing is None:
             xb, rb = _rows(x, batch), _rows(residual, batch) if residual is not None else None
             weight, bias = self._operands(proposal)
-            steps = proposal.fact.epilogue
+            shaped = weight.reshape(proposal.fact.shape) if proposal.problem.conv is not None else weight
+            dense = _product.dense(proposal.problem, shaped, bias, proposal.fact.epilogue)
             contenders: list[Callable[[], object]] = [
-                lambda: verify.apply_steps(steps, F.linear(xb, weight, bias), rb),
+                lambda: dense(xb, rb),
                 *(self._sparse(proposal, c, xb, rb) for c in built),
                 *([_prepacked.call(packed, weight, bias, xb, rb)] if packed else []),
             ]
@@ -268,8 +269,10 @@ class Trial:
             return None, _replace(row, changes)
         buffers = self.pack(proposal, candidate.format)
         size = sum(b.numel() * b.element_size() for b in buffers.values())
+        if not ranges and isinstance(candidate.format, Dense) and times is not None:
+            changes |= {"code": codes.DENSE_KERNEL, "reason": codes.sentence(codes.DENSE_KERNEL, **values)}
         changes |= {
-            "decision": "sparse", "format": candidate.format.text(),
+            "decision": "dense" if isinstance(candidate.format, Dense) else "sparse", "format": candidate.format.text(),
             "nbytes": size + (row.dense_nbytes if ranges else 0), "error": self.error(proposal, candidate.format),
         }  # fmt: skip
         return Choice(candidate.format, candidate.spec, buffers, ranges), _replace(row, changes)

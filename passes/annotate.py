@@ -25,7 +25,7 @@ _WHOLE = (
     *("gru", "lstm", "rnn_tanh", "rnn_relu", "bilinear", "embedding_bag"),
     *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution"),
 )  # ATen calls that hold weights in a way no pass rewrites
-KERNEL_OPS = ("linear",)
+KERNEL_OPS = ("linear", "conv1d", "conv2d", "conv3d")
 """Ops that have sparse kernels; sites of the others stay dense."""
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import fx
 
+from sparsec.aten import arguments
 from sparsec.driver import Context, Pass
 from sparsec.formats import Format
 from sparsec.graph import Constant, add_constant, constants, drop_dead_constants, epilogue_nodes, get_constant, sites
 from sparsec.install import Installed, ledger
-from sparsec.ops.linear import BUCKETS, OVERLOAD
-from sparsec.passes import _prepacked
+from sparsec.passes import _prepacked, _product
 from sparsec.passes._trial import Choice
 
 
@@ -65,18 +65,20 @@ def _replace(gm: fx.GraphModule, node: fx.Node, names: tuple[str, ...], choice: 
     absorbed, residual = epilogue_nodes(gm, node)
     chain = [node, *absorbed]
     last = chain[-1]
-    _, weight, bias = (*node.args, None)[:3]
+    bound = arguments(node)
+    weight, bias = bound["weight"], bound["bias"]
     with gm.graph.inserting_before(last):
         buffers = [gm.graph.get_attr(name) for name in names]
         for getter, tensor in zip(buffers, choice.buffers.values(), strict=True):
             getter.meta["val"] = tensor
         head = (node.args[0], buffers)
         tail = (bias, residual, choice.kernel.text())
+        op = _product.overload(choice.kernel.op, buckets=bool(choice.dense_ranges))
         if choice.dense_ranges:
             flat = [bound for span in choice.dense_ranges for bound in span]
-            new = gm.graph.call_function(BUCKETS, (*head, weight, *tail, flat))
+            new = gm.graph.call_function(op, (*head, weight, *tail, flat))
         else:
-            new = gm.graph.call_function(OVERLOAD, (*head, *tail))
+            new = gm.graph.call_function(op, (*head, *tail))
     new.meta = {**node.meta, "val": last.meta.get("val", node.meta.get("val"))}
     last.replace_all_uses_with(new)
     for old in reversed(chain):

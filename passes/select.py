@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from time import perf_counter
 from typing import Any
@@ -132,16 +133,23 @@ class _Runner(fx.Interpreter):
         if proposal is not None:
             x = self.env[n.args[0]]  # type: ignore[index]
             residual = next((v for k, v in self.env.items() if k.name == proposal.fact.residual), None)
-            batches = _batches(n.args[0], x.numel() // max(1, x.shape[-1]))  # type: ignore[arg-type]
+            leading = _leading(proposal, x.dim())
+            batches = _batches(n.args[0], math.prod(x.shape[:leading]), leading)  # type: ignore[arg-type]
             self.outcomes.append((proposal, *self.trial.decide(proposal, x, residual, batches)))
         return super().run_node(n)
 
 
-def _batches(source: fx.Node, seen: int) -> tuple[int, ...]:
+def _leading(proposal: Proposal, rank: int) -> int:
+    """How many dimensions of the input count rows, or images."""
+    conv = proposal.problem.conv
+    return rank - 1 if conv is None else rank - 1 - len(conv.size)
+
+
+def _batches(source: fx.Node, seen: int, leading: int) -> tuple[int, ...]:
     """The rows to time: what was seen, or for dynamic sizes the ends of the range and the powers of four between."""
     value = source.meta.get("val")
     rows: Any = 1
-    for size in getattr(value, "shape", ())[:-1]:
+    for size in getattr(value, "shape", ())[:leading]:
         rows = rows * size
     if not isinstance(rows, torch.SymInt):
         return (max(1, seen),)

@@ -22,7 +22,7 @@ from sparsec.save_values import integer, sequence, table, text, torch_value
 from sparsec.target import Target
 
 _SIZE = 2**31 - 1
-_BUCKETS = "sparsec::linear_buckets"
+_BUCKETS = ("sparsec::linear_buckets", "sparsec::conv_buckets")
 _PREPACKED = "sparsec::linear_prepacked"
 
 
@@ -105,13 +105,15 @@ def fit(source: str, fmt: Format, shape: tuple[int, ...], dtype: torch.dtype) ->
         raise LoadError(f"kernel {source[:120]!r} does not fit its weight: {wanted} expected")
     if spec.fields != tuple(fmt.fields().items()):
         raise LoadError(f"kernel {source[:120]!r}: its fields are not those of {fmt.text()}")
+    if (spec.op == "conv") != (spec.conv is not None) or (spec.conv is not None and spec.conv.kernel != shape[2:]):
+        raise LoadError(f"kernel {source[:120]!r}: its geometry is not that of a {shape} weight")
     numbers = [n for _, n in spec.tile] + [n for line in spec.plan for n in (line[0], line[2])]
     if not all(0 <= n <= _SIZE for n in numbers) or len(spec.plan) > 64 or len(spec.epilogue) > 64:
         raise LoadError(f"kernel {source[:120]!r}: its plan or tile is out of range")
     target = _target(spec)
     problem = Problem(
         op=spec.op, out_features=spec.out_features, in_features=spec.in_features, dtype=spec.dtype, nnz=0,
-        bias=spec.bias, epilogue=spec.epilogue,
+        bias=spec.bias, epilogue=spec.epilogue, conv=spec.conv,
     )  # fmt: skip
     reason = variant.refuse(problem, fmt, target)
     if reason:
@@ -148,7 +150,7 @@ def bind(graph: fx.Graph, installed: Sequence[Installed], fitted: Mapping[str, K
             _check_prepacked(node)
             continue
         bound = [*node.args]
-        at = 5 if name == _BUCKETS else 4
+        at = 5 if name in _BUCKETS else 4
         if node.kwargs or len(bound) != len(node.target._schema.arguments) or not isinstance(bound[1], (list, tuple)):
             raise LoadError(f"node {node.name!r}: a sparsec call takes all its arguments by position")
         if not all(isinstance(b, fx.Node) and b.op == "get_attr" for b in bound[1]):
@@ -157,7 +159,7 @@ def bind(graph: fx.Graph, installed: Sequence[Installed], fitted: Mapping[str, K
         spec = fitted.get(bound[at]) if isinstance(bound[at], str) else None
         if record is None or spec is None or spec.text() not in [t for _, t in record.kernels]:
             raise LoadError(f"node {node.name!r} reads buffers or a kernel that belong to no packed weight")
-        if name == _BUCKETS and (len(bound[6]) % 2 or not all(type(n) is int and n >= 0 for n in bound[6])):
+        if name in _BUCKETS and (len(bound[6]) % 2 or not all(type(n) is int and n >= 0 for n in bound[6])):
             raise LoadError(f"node {node.name!r}: {bound[6]!r:.60} are no batch ranges")
         bound[at] = spec.text()
         node.args = tuple(bound)
