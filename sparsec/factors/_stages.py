@@ -144,8 +144,6 @@ def _check(term: Contraction, factor: Factor) -> None:
         alone = [c for c in operand.letters if c not in others]
         if alone or len(set(operand.letters)) != len(operand.letters):
             raise SpecError(f"{factor.text()}: operand {operand.names[0]!r} has an index that nothing else has")
-    if set(term.inputs) & set(term.outputs):
-        raise SpecError(f"{factor.text()}: an index of x is an index of y")
 
 
 def _layout(letters: str, operand: Operand, result: str) -> str:
