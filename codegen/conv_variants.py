@@ -16,4 +16,8 @@ VARIANTS: tuple[Variant, ...] = (
         "conv_csr_groups", "conv", "csr_groups", "conv_csr_groups.c.jinja", dtypes=("float32", "bfloat16"), isas=_ISAS,
         choose=plans_conv.tiles, candidates=plans_conv.csr_groups_formats, needs=plans_conv.refuse,
     ),
+    Variant(
+        "conv_depthwise", "conv", "dense", "conv_depthwise.c.jinja", dtypes=("float32", "bfloat16"), isas=_ISAS,
+        choose=plans_conv.depthwise, needs=plans_conv.refuse_depthwise,
+    ),
 )  # fmt: skip

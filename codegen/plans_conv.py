@@ -38,6 +38,29 @@ def refuse(problem: Problem, fmt: Format, target: Target) -> str | None:
     return None
 
 
+def refuse_depthwise(problem: Problem, fmt: Format, target: Target) -> str | None:
+    """Why the depthwise kernel does not take this problem; its weights of a channel must fit the registers."""
+    if (reason := refuse(problem, fmt, target)) is not None:
+        return reason
+    conv = _geometry(problem)
+    if conv.groups == 1 or problem.in_features != conv.taps:
+        return "a dense convolution with more than one input channel per group is left to torch"
+    if conv.taps > 64:
+        return f"{conv.taps} taps are more than the depthwise kernel unrolls (64)"
+    return None
+
+
+def depthwise(problem: Problem, fmt: Format, target: Target, isa: str) -> tuple[tuple[Plan, Tile], ...]:
+    """Whole rows of one channel at a time, as many as stay in half of L1."""
+    conv = _geometry(problem)
+    lay = conv.layout
+    room = max(1, target.l1d // 2 // 4 // len(lay.phases) - lay.span - 32)
+    rows = max(1, min(lay.rows, room // lay.pitch))
+    rows = -(-lay.rows // -(-lay.rows // rows))  # strips of even height
+    tile = (("mode", OFFSETS), ("columns", 64), ("strip", rows * lay.pitch), ("step", 1), ("chunk", 16))
+    return (((), tile),)
+
+
 def tiles(problem: Problem, fmt: Format, target: Target, isa: str) -> tuple[tuple[Plan, Tile], ...]:
     """1x1 kernels read x in place where its tiles fill the image, others packed planes, by offset or by a panel."""
     conv = _geometry(problem)
