@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 from sparsec.errors import SpecError, nearest
@@ -94,15 +95,12 @@ class _Reader:
                     break
                 self._take(",")
             self._take(")")
-        cls: type[Factor] | type[Format]
-        if name in FORMATS:
-            cls = FORMATS[name]
-        elif name in factor_names():
-            cls = factor_class(name)
-        else:
+        kinds: list[type[Factor] | type[Format]] = [factor_class(name)] if name in factor_names() else []
+        kinds += [FORMATS[name]] if name in FORMATS else []  # there is a sum of factors and a sum of formats
+        if not kinds:
             raise SpecError(f"unknown {name!r} in {self.shown!r}; {nearest(name, [*factor_names(), *FORMATS])}")
-        try:
-            return cls(**fields)
-        except TypeError as error:
-            known = ", ".join(cls.__dataclass_fields__) or "none"
-            raise SpecError(f"{name!r} cannot have the fields {tuple(fields)}; valid: {known}") from error
+        for cls in kinds:
+            with contextlib.suppress(TypeError):
+                return cls(**fields)
+        known = " or ".join(", ".join(cls.__dataclass_fields__) or "none" for cls in kinds)
+        raise SpecError(f"{name!r} cannot have the fields {tuple(fields)}; valid: {known}")
