@@ -168,13 +168,13 @@ CATALOG: tuple[Variant, ...] = (
 """Built-in variants, in the order in which `tune="off"` tries them."""
 
 _TABLES = (  # modules with further VARIANTS, imported when first asked for
-    "sparsec.codegen.cuda_variants", "sparsec.codegen.tvm_variants", "sparsec.codegen.gather",
-    "sparsec.codegen.conv_variants",
+    "sparsec.codegen.structured_variants", "sparsec.codegen.cuda_variants", "sparsec.codegen.tvm_variants",
+    "sparsec.codegen.gather", "sparsec.codegen.conv_variants",
     "sparsec.codegen.chain_variants",
 )  # fmt: skip
 
 _BACKENDS = {  # name -> module with a BACKEND, imported when first needed
-    "c": "sparsec.codegen.c", "cuda": "sparsec.codegen.cuda", "tvm": "sparsec.codegen.tvm",
+    "c": "sparsec.codegen.c", "cuda": "sparsec.codegen.cuda", "tvm": "sparsec.codegen.tvm", "pair": "sparsec.codegen.pair",
     "torch": "sparsec.codegen.torch_chain",
 }  # fmt: skip
 

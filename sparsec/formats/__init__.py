@@ -8,6 +8,7 @@ from sparsec.errors import SpecError, nearest
 from sparsec.formats._base import Buffers, Format, pattern
 from sparsec.formats._pack import VALUE_DTYPES, nonzero
 from sparsec.formats.bitmask import Bitmask
+from sparsec.formats.block_nm import BlockNM
 from sparsec.formats.bsr import BSR
 from sparsec.formats.csr import CSR
 from sparsec.formats.csr_groups import CSRGroups
@@ -15,14 +16,18 @@ from sparsec.formats.dense import Dense
 from sparsec.formats.fan_in import FanIn
 from sparsec.formats.group_int4 import GroupInt4
 from sparsec.formats.nm import NM
+from sparsec.formats.nmg import NMG
+from sparsec.formats.permuted import Permuted
 from sparsec.formats.quantized import Quantized
 from sparsec.formats.sell import SELL
 from sparsec.formats.spqr import SpQR
+from sparsec.formats.sum import Sum
 from sparsec.formats.tiled_csl import TiledCSL
 from sparsec.formats.two_four import TwoFour
 
 _BUILT_IN = (
     Dense, CSR, CSRGroups, SELL, Bitmask, BSR, NM, FanIn, TiledCSL, TwoFour, GroupInt4, SpQR, Quantized,
+    NMG, BlockNM, Permuted, Sum,
 )  # fmt: skip
 FORMATS: dict[str, type[Format]] = {cls.name: cls for cls in _BUILT_IN}
 """Name in canonical text -> class. A user's formats join through `register_format`."""
@@ -133,17 +138,21 @@ __all__ = [
     "CSR",
     "FORMATS",
     "NM",
+    "NMG",
     "SELL",
     "VALUE_DTYPES",
     "Bitmask",
+    "BlockNM",
     "Buffers",
     "CSRGroups",
     "Dense",
     "FanIn",
     "Format",
     "GroupInt4",
+    "Permuted",
     "Quantized",
     "SpQR",
+    "Sum",
     "TiledCSL",
     "TwoFour",
     "nonzero",

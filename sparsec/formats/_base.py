@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from sparsec.errors import FormatError
 from sparsec.formats._pack import nonzero, refuse_dtype
-
-if TYPE_CHECKING:
-    from sparsec.factors import Factor
 
 Buffers = dict[str, torch.Tensor]
 """Buffer name -> tensor, always in the order of `Format.buffers`; the first one is always the floating `values`."""
@@ -46,6 +43,11 @@ class Format:
         `mask` overrides the pattern as in `pack`.
         """
         return refuse_dtype(dense)
+
+    def choose(self, dense: torch.Tensor) -> torch.Tensor:
+        """The bool mask of the entries of `dense` (rows, cols) to keep in this format: all nonzeros that it has room
+        for, the largest first; of blocks those that are full enough to be worth it."""
+        return pattern(dense)
 
     def pack(self, dense: torch.Tensor, mask: torch.Tensor | None = None) -> Buffers:
         """Store `dense` (rows, cols). `mask` (bool, same shape) overrides the pattern `dense != 0`.
@@ -82,8 +84,9 @@ class Format:
         """How many values `pack(dense)` stores, padding included."""
         return int(torch.count_nonzero(pattern(dense).view(torch.uint8)))
 
-    def __add__(self, other: object) -> Factor:
-        from sparsec.factors import Sum
+    def __add__(self, other: object) -> Format:
+        """Both formats side by side: this one stores what lies in its order, the other the rest."""
+        from sparsec.formats.sum import Sum
 
         return Sum(self, other) if isinstance(other, Format) else NotImplemented
 

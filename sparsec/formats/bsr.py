@@ -10,9 +10,10 @@ import torch
 
 from sparsec.errors import FormatError, SpecError
 from sparsec.formats import _check
-from sparsec.formats._base import Buffers, Format
+from sparsec.formats._base import Buffers, Format, pattern
 from sparsec.formats._pack import numpy_view, pointers_of, row_chunks, torch_view, unsigned
 
+FULL = 0.5  # share of nonzeros from which a block pays beside a format of single values
 BLOCKS_16 = 65535  # most block columns whose numbers are stored in 16 bits
 
 
@@ -53,6 +54,13 @@ class BSR(Format):
         if self.index_bits == 16 and wide > BLOCKS_16:
             return f"{wide} block columns do not fit 16-bit indices (at most {BLOCKS_16}); use index_bits=32"
         return None
+
+    def choose(self, dense: torch.Tensor) -> torch.Tensor:
+        """The nonzeros of the blocks that are at least half full: a block multiplies its zeros too."""
+        bits = numpy_view(pattern(dense))
+        full = self._tiles(bits).mean(axis=(1, 3)) >= FULL
+        spread = full.repeat(self.r, axis=0)[: bits.shape[0]].repeat(self.c, axis=1)[:, : bits.shape[1]]
+        return torch.from_numpy(bits & spread).to(dense.device)
 
     def pack(self, dense: torch.Tensor, mask: torch.Tensor | None = None) -> Buffers:
         dense, kept = self.accept(dense, mask)

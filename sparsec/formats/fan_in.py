@@ -53,6 +53,12 @@ class FanIn(Format):
             return f"row {row} has {counts[row]} nonzeros, {self.k} at most fit"
         return None
 
+    def choose(self, dense: torch.Tensor) -> torch.Tensor:
+        """The k largest of each row."""
+        size = np.abs(numpy_view(dense.detach().float()))
+        rank = np.argsort(np.argsort(-size, axis=1, kind="stable"), axis=1)
+        return pattern(dense) & torch.from_numpy(rank < self.k).to(dense.device)
+
     def pack(self, dense: torch.Tensor, mask: torch.Tensor | None = None) -> Buffers:
         dense, kept = self.accept(dense, mask)
         rows, cols = int(dense.shape[0]), int(dense.shape[1])

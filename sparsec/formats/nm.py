@@ -54,6 +54,13 @@ class NM(Format):
                 )
         return None
 
+    def choose(self, dense: torch.Tensor) -> torch.Tensor:
+        """The n largest of each group."""
+        size = np.abs(numpy_view(dense.detach().float()))
+        rank = np.argsort(np.argsort(-self._groups(size), axis=2, kind="stable"), axis=2)
+        kept = (rank < self.n).reshape(size.shape[0], -1)[:, : size.shape[1]]
+        return pattern(dense) & torch.from_numpy(np.ascontiguousarray(kept)).to(dense.device)
+
     def pack(self, dense: torch.Tensor, mask: torch.Tensor | None = None) -> Buffers:
         dense, kept = self.accept(dense, mask)
         rows, cols = _shape(dense)
