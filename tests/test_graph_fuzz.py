@@ -42,7 +42,18 @@ def test_plans_and_modules_follow_from_their_seed() -> None:
     one, two = (graphs.RandomNet(5, 6).state_dict() for _ in range(2))
     assert list(one) == list(two) and all(torch.equal(one[k], two[k]) for k in one)
     assert {graphs.draw(n).order for n in range(60)} == set(range(len(graphs.ORDERS)))
-    assert {graphs.draw(n).capture for n in range(20)} == set(graphs.CAPTURES)
+    drawn = [graphs.draw(n) for n in range(400)]
+    assert {plan.capture for plan in drawn} == set(graphs.CAPTURES)
+    assert {plan.depth for plan in drawn} == set(range(1, 31)) and any(plan.dynamic for plan in drawn)
+
+
+def test_a_block_counts_its_graphs_and_shrinks_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "failure", lambda plan: "wrong" if plan.depth > 2 else "")
+    counts, failures = graphs.block(3, 1, graphs=12)
+    assert counts["graphs"] == 12 and counts["kinds"]["trace"] + sum(
+        n for kind, n in counts["kinds"].items() if kind.startswith("export")
+    ) == 12  # fmt: skip
+    assert failures and all("depth=3, capture=" in f and f.endswith("wrong") for f in failures)
 
 
 class _Forget(Pass):
