@@ -1,70 +1,140 @@
-"""Mutation testing: break one line at a time in a copy of the package, and see whether the tests notice.
+"""Mutation testing: break the sources in one place at a time, in a copy, and see whether the tests notice.
 
     python tests/mutants.py --seed 0 --count 100
 
-Mutants of Python swap comparisons, constants, signs, slices and early returns in packers, validators, readers and
-rewrite rules; mutants of templates do the same to the C they print. Each one is checked by the test files that are
-responsible for its file, stopping at the first failure. A survivor is printed as a diff: a test is missing, or the
-change means the same.
+Generated mutants swap comparisons, constants, signs, slices and early returns in packers, validators, readers and
+rewrite rules, and do the same to the C that templates print; those of `BY_HAND` are mistakes that people make. Each
+is judged by the tests that are responsible for its file, in stages, the quickest first; a stage stops at its first
+failure. A survivor is recorded as a diff: a test is missing, or the change means the same (`EQUIVALENT` says which).
+
+The sources are those of the last commit, so that unfinished work does not disturb; a test that fails without any mutant
+is left out. Each stage runs in a fork of a process that has loaded everything but sparsec.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import functools
+import io
+import json
 import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
+Stage = tuple[str, ...]  # arguments of pytest
 
-TESTS: dict[str, tuple[str, ...]] = {
-    "sparsec/formats/_check.py": ("test_formats.py", "test_hostile.py"),
-    "sparsec/formats/_pack.py": ("test_formats.py",),
-    "sparsec/formats/csr.py": ("test_formats.py", "test_kernels_linear.py"),
-    "sparsec/formats/bitmask.py": ("test_formats.py", "test_kernels_linear.py"),
-    "sparsec/formats/bsr.py": ("test_formats.py", "test_kernels_linear.py"),
-    "sparsec/formats/__init__.py": ("test_format_text.py",),
-    "codegen/kernel.py": ("test_render.py", "test_catalog.py"),
-    "codegen/render.py": ("test_render.py",),
-    "sparsec/recipes.py": ("test_fold.py", "test_save.py"),
-    "sparsec/install.py": ("test_compile.py", "test_save.py"),
-    "sparsec/save_zip.py": ("test_hostile.py", "test_save.py"),
-    "sparsec/save_values.py": ("test_hostile.py", "test_save.py"),
-    "sparsec/save_graph.py": ("test_hostile.py", "test_save.py"),
-    "sparsec/save_call.py": ("test_hostile.py", "test_save.py"),
-    "sparsec/save_kernels.py": ("test_hostile.py", "test_save.py"),
-    "passes/fuse.py": ("test_fuse.py", "test_graph_fuzz.py"),
-    "passes/fold.py": ("test_fold.py",),
-    "passes/normalise.py": ("test_normalise.py",),
-    "templates/linear_csr.c.jinja": ("test_kernels_linear.py",),
-    "templates/linear_bitmask.c.jinja": ("test_kernels_linear.py",),
-    "templates/linear_bsr.c.jinja": ("test_kernels_linear.py",),
-    "templates/_panel.c.jinja": ("test_kernels_linear.py",),
-    "templates/_gemv.c.jinja": ("test_kernels_linear.py",),
-    "templates/_threads.c.jinja": ("test_kernels_linear.py",),
-    "templates/_epilogue.c.jinja": ("test_kernels_linear.py",),
-    "templates/_ffi.c.jinja": ("test_kernels_linear.py",),
+
+def _kernels(name: str) -> tuple[Stage, ...]:
+    """The tests of a kernel template: one kernel at every batch, its relations, then the special cases."""
+    one = f"(linear_{name}- or linear_{name}]) and (every_batch or every_relation)"
+    return ("test_fuzz.py", "-k", one), ("test_kernels_linear.py", "test_kernels_regular.py")
+
+
+_SHARED: tuple[Stage, ...] = (
+    ("test_fuzz.py", "-k", "(linear_csr] or linear_csr- or linear_bitmask_bf16) and (every_batch or every_relation)"),
+    ("test_kernels_linear.py",),
+)
+_READERS: tuple[Stage, ...] = (
+    ("test_hostile.py", "-k", "not mutations and not names"),
+    ("test_save.py",),
+    ("test_hostile.py",),
+)
+TESTS: dict[str, tuple[Stage, ...]] = {
+    "sparsec/formats/_check.py": (("test_formats.py",), ("test_formats_regular.py", "test_hostile.py")),
+    "sparsec/formats/_pack.py": (("test_formats.py",), ("test_formats_regular.py",)),
+    "sparsec/formats/csr.py": (("test_formats.py",), *_kernels("csr")),
+    "sparsec/formats/bitmask.py": (("test_formats.py",), *_kernels("bitmask")),
+    "sparsec/formats/bsr.py": (("test_formats.py",), *_kernels("bsr")),
+    "sparsec/formats/nm.py": (("test_formats_regular.py",), *_kernels("nm")),
+    "sparsec/formats/fan_in.py": (("test_formats_regular.py",), *_kernels("fan_in")),
+    "sparsec/formats/quantized.py": (("test_formats_quantized.py",), *_kernels("quantized")),
+    "sparsec/formats/csr_groups.py": (("test_formats_csr_groups.py",), *_kernels("csr_groups")),
+    "sparsec/formats/__init__.py": (("test_format_text.py",),),
+    "codegen/kernel.py": (("test_render.py", "test_catalog.py"), ("test_fuzz.py", "-k", "share")),
+    "codegen/render.py": (("test_render.py",),),
+    "codegen/cache.py": (("test_cache.py",), ("test_cache_soak.py", "test_faults.py")),
+    "sparsec/verify.py": (("test_verify.py",), ("test_fuzz.py", "-k", "relation or oracle")),
+    "sparsec/recipes.py": (("test_fold.py",), ("test_save.py",)),
+    "sparsec/save_zip.py": _READERS,
+    "sparsec/save_values.py": _READERS,
+    "sparsec/save_graph.py": _READERS,
+    "sparsec/save_call.py": _READERS,
+    "sparsec/save_kernels.py": _READERS,
+    "passes/fuse.py": (("test_fuse.py",), ("test_graph_fuzz.py",)),
+    "passes/fold.py": (("test_fold.py",), ("test_graph_fuzz.py",)),
+    "passes/normalise.py": (("test_normalise.py",), ("test_graph_fuzz.py",)),
+    "templates/linear_csr.c.jinja": _kernels("csr"),
+    "templates/linear_bitmask.c.jinja": _kernels("bitmask"),
+    "templates/linear_bsr.c.jinja": _kernels("bsr"),
+    "templates/linear_nm.c.jinja": _kernels("nm"),
+    "templates/linear_fan_in.c.jinja": _kernels("fan_in"),
+    "templates/linear_quantized.c.jinja": _kernels("quantized"),
+    "templates/linear_csr_groups.c.jinja": _kernels("csr_groups"),
+    "templates/_panel.c.jinja": _SHARED,
+    "templates/_gemv.c.jinja": _SHARED,
+    "templates/_threads.c.jinja": _SHARED,
+    "templates/_epilogue.c.jinja": (("test_kernels_linear.py",), ("test_fuzz.py", "-k", "share")),
+    "templates/_ffi.c.jinja": (("test_kernels_linear.py",), ("test_fuzz.py", "-k", "share"), ("test_ops.py",)),
 }
-"""File -> test files that must kill its mutants."""
+"""File -> the stages that must kill its mutants."""
+
+BY_HAND: tuple[tuple[str, str, str], ...] = (
+    ("templates/linear_csr.c.jinja", "+ t${ c_int(j) };", ";"),  # the second chain of sums is lost
+    ("templates/linear_csr.c.jinja", "if (p < end) {", "if (p + 1 < end) {"),  # the odd entry is lost
+    ("templates/linear_csr.c.jinja", "if (resume) {", "if (0) {"),  # only the last block of inputs counts
+    ("templates/linear_csr.c.jinja", "for (; p + 8 <= end; p += 8)", "for (; p + 8 <= end; p += 4)"),
+    ("templates/linear_csr.c.jinja", "s0 = s0 + s1;", "s0 = s0 + s0;"),
+    ("templates/linear_csr.c.jinja", "a->indices[p] - k0", "a->indices[p]"),  # right for the first block of inputs
+    ("templates/_panel.c.jinja", "block > 0);\n        continue;", "1);\n        continue;"),  # sums start as garbage
+    ("templates/_panel.c.jinja", "int64_t at = from / nc * nc", "int64_t at = from"),
+    ("templates/_panel.c.jinja", "columns - c < ${ c_int(w) } ? columns - c :", "columns - c < 0 ? columns - c :"),
+    ("templates/_gemv.c.jinja", "if (i < n) emit_", "if (i + 1 < n) emit_"),  # the last row of an odd number
+    ("templates/_gemv.c.jinja", "a->x + b * IN;", "a->x;"),  # every row of x is the first
+    ("templates/_threads.c.jinja", "if (part >= of) return OUT;", "if (part >= of) return OUT - 1;"),
+    ("templates/_epilogue.c.jinja", "a->residual + b * OUT + r", "a->residual + r"),
+    ("templates/_epilogue.c.jinja", "s.params[1]", "s.params[0]"),  # clamp to a point
+    ("templates/_epilogue.c.jinja", "${ c_float(0.044715) }", "${ c_float(0.04715) }"),
+    ("templates/_ffi.c.jinja", "t->dtype.bits != bits || ", ""),
+    ("templates/_ffi.c.jinja", "if (a.batch * OUT != outputs)", "if (0)"),
+    ("templates/_ffi.c.jinja", "t->strides[i] != count", "t->strides[i] < 0"),
+    ("sparsec/formats/csr.py", "np.minimum(low + fmt.block, cols)", "low + fmt.block"),
+    ("sparsec/formats/csr.py", '_check.ascending(self.name, indices, ends[::blocks], "row")', "pass"),
+    ("sparsec/formats/_check.py", "rises = indices[1:] > indices[:-1]", "rises = indices[1:] >= indices[:-1]"),
+    ("sparsec/formats/_check.py", "if array[-1] != total:", "if array[-1] > total:"),
+    ("sparsec/verify.py", "8 + 2 * count**0.5", "8 + 2 * count**2"),
+    ("passes/fold.py", "return 1", "return 0"),
+)
+"""(file, text, what it becomes): the first place where the text stands."""
+
+EQUIVALENT: dict[str, str] = {}
+"""Mutant -> why no test can see it."""
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One line of one file, before and after."""
+    """One change: the file, the number of its (first) line, and the text before and after."""
 
     file: str
     line: int
     before: str
     after: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.file}:{self.line + 1}: {self.before.strip()} -> {self.after.strip()}"
 
 
 _SWAPS = (
@@ -78,9 +148,9 @@ _TEMPLATE_SWAPS = (
 )  # fmt: skip
 
 
-def mutants(file: str) -> Iterator[Mutant]:
-    """Every mutant of a file: one swap at one place."""
-    text = (ROOT / file).read_text()
+def mutants(root: Path, file: str) -> Iterator[Mutant]:
+    """Every generated mutant of a file: one swap at one place."""
+    text = place(root, file).read_text()
     python = file.endswith(".py")
     quiet = _documentation(text) if python else set()
     for number, line in enumerate(text.splitlines()):
@@ -89,13 +159,34 @@ def mutants(file: str) -> Iterator[Mutant]:
             continue
         if "LoadError(" in bare or "SpecError(" in bare or "FormatError(" in bare or "<% macro" in bare:
             continue
+        if not python and "*/" in bare and "/*" not in bare:
+            continue
+        code = line if python else line.partition("/*")[0]
         for old, new in _SWAPS if python else _TEMPLATE_SWAPS:
-            for found in re.finditer(re.escape(old), line):
+            for found in re.finditer(re.escape(old), code):
                 yield Mutant(file, number, line, line[: found.start()] + new + line[found.end() :])
-        for found in re.finditer(r"(?<![\w.\"'])(\d+)(?![\w.\"'])", line):
+        for found in re.finditer(r"(?<![\w.\"'])(\d+)(?![\w.\"'])", code):
             yield Mutant(file, number, line, line[: found.start()] + str(int(found[1]) + 1) + line[found.end() :])
         if python and re.match(r"\s+return \w", line) and "return None" not in line:
             yield Mutant(file, number, line, re.sub(r"return .*", "return None", line))
+
+
+def by_hand(root: Path) -> list[Mutant]:
+    """The mutants of BY_HAND that the sources still have a place for."""
+    found = []
+    for file, before, after in BY_HAND:
+        text = place(root, file).read_text()
+        if before in text:
+            found.append(Mutant(file, text[: text.index(before)].count("\n"), before, after))
+    return found
+
+
+def changed(root: Path, mutant: Mutant) -> str:
+    """The text of the file with the mutant in it."""
+    text = place(root, mutant.file).read_text()
+    start = sum(len(line) for line in text.splitlines(keepends=True)[: mutant.line])
+    at = text.index(mutant.before, start)
+    return text[:at] + mutant.after + text[at + len(mutant.before) :]
 
 
 def _documentation(text: str) -> set[int]:
@@ -107,116 +198,165 @@ def _documentation(text: str) -> set[int]:
     return lines
 
 
-def _parses(mutant: Mutant) -> bool:
+def _parses(root: Path, mutant: Mutant) -> bool:
     if not mutant.file.endswith(".py"):
         return True
     try:
-        ast.parse("\n".join(_changed(mutant)))
+        ast.parse(changed(root, mutant))
     except SyntaxError:
         return False
     return True
 
 
-def _changed(mutant: Mutant) -> list[str]:
-    lines = (ROOT / mutant.file).read_text().splitlines()
-    lines[mutant.line] = mutant.after
-    return lines
-
-
-def choose(seed: int, count: int, only: str) -> list[Mutant]:
-    """`count` mutants, the same number from every file as far as it goes."""
+def choose(root: Path, seed: int, count: int, only: str) -> list[Mutant]:
+    """`count` mutants: those by hand, then the same number of generated ones from every file as far as it goes."""
     rng = random.Random(seed)
-    pools = {f: [m for m in mutants(f) if _parses(m)] for f in TESTS if only in f and (ROOT / f).exists()}
+    files = [f for f in TESTS if only in f and place(root, f).exists()]
+    pools = {f: [m for m in mutants(root, f) if _parses(root, m)] for f in files}
     for pool in pools.values():
         rng.shuffle(pool)
-    found: list[Mutant] = []
+    found = [m for m in by_hand(root) if only in m.file]
     while len(found) < count and any(pools.values()):
         found += [pool.pop() for pool in pools.values() if pool]
     return found[:count]
 
 
 def workspace(folder: Path) -> Path:
-    """A copy of the sources in which `sparsec` is the copy: one package folder with passes, codegen and templates."""
-    package = folder / "lib" / "sparsec"
-    shutil.copytree(ROOT / "sparsec", package, ignore=shutil.ignore_patterns("__pycache__"))
-    for part in ("passes", "codegen", "templates"):
-        shutil.copytree(ROOT / part, package / part, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", folder)
-    return package
-
-
-def place(package: Path, file: str) -> Path:
-    return package.parent / file if file.startswith("sparsec/") else package / file
-
-
-def check(folder: Path, tests: tuple[str, ...], seconds: float) -> tuple[bool, str]:
-    """Whether the tests fail, and the line that says so."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(folder / "lib"),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "SPARSEC_CACHE_DIR": str(folder / "cache"),
-    }  # keys hold the source: unchanged kernels are built once
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-n0",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "not soak and not slow",
-    ]
+    """The sources of the last commit, with `sparsec` as one package folder that holds passes, codegen and templates."""
     try:
-        done = subprocess.run(
-            [*command, *(str(folder / "tests" / t) for t in tests)], cwd=folder, env=environment, capture_output=True,
-            text=True, timeout=seconds,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return True, "timeout"
-    last = done.stdout.strip().splitlines()[-1:] or [f"status {done.returncode}"]
-    return done.returncode != 0, last[0]
+        packed = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, capture_output=True, check=True).stdout
+        with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
+            archive.extractall(folder, filter="data")
+    except (OSError, subprocess.CalledProcessError):  # no git, or not in a checkout
+        for part in ("sparsec", "passes", "codegen", "templates", "tests"):
+            shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", folder)
+    for part in ("passes", "codegen", "templates"):
+        (folder / part).rename(folder / "sparsec" / part)
+    return folder
+
+
+def place(root: Path, file: str) -> Path:
+    """Where a file of the checkout is in the workspace."""
+    return root / file if file.startswith("sparsec/") else root / "sparsec" / file
+
+
+def warm() -> None:
+    """Load what every stage needs, and nothing that is mutated."""
+    import hypothesis
+    import jinja2
+    import numpy
+    import pytest
+    import scipy.sparse
+    import sympy
+    import torch.fx.experimental.proxy_tensor
+
+    loaded = (hypothesis, jinja2, numpy, pytest, scipy.sparse, sympy, torch)
+    if any(module is None for module in loaded) or "sparsec" in sys.modules:
+        raise RuntimeError("sparsec was imported before its mutants")
+
+
+def pytest_in_fork(root: Path, arguments: Stage, seconds: float) -> tuple[int, list[str]]:
+    """Exit status of pytest in a fork (124 after `seconds`), and the ids of the tests that failed."""
+    out = root / "pytest.out"
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        handle = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        os.environ |= {
+            "PYTHONPATH": str(root),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "SPARSEC_CACHE_DIR": str(root / "cache"),
+        }
+        sys.dont_write_bytecode = True
+        sys.path.insert(0, str(root))
+        os.chdir(root)
+        import pytest
+
+        status = 3
+        try:
+            tests = [f"tests/{a}" if a.endswith(".py") or "::" in a else a for a in arguments]
+            status = int(
+                pytest.main(["-q", "-n0", "-p", "no:cacheprovider", "-rf", "-m", "not soak and not slow", *tests])
+            )
+        finally:
+            os._exit(status)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.02)
+    else:
+        os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return 124, []
+    text = out.read_text(errors="replace")
+    return os.waitstatus_to_exitcode(status), re.findall(r"^FAILED tests/(\S+)", text, re.M)
+
+
+class Judge:
+    """Runs stages on the workspace; what fails without a mutant is left out."""
+
+    def __init__(self, root: Path, seconds: float) -> None:
+        self.root, self.seconds = root, seconds
+        self.broken = functools.cache(self._broken)
+
+    def _broken(self, stage: Stage) -> Stage:
+        status, failed = pytest_in_fork(self.root, stage, 20 * self.seconds)
+        if status not in (0, 1) or (status == 1 and not failed):
+            raise RuntimeError(f"{' '.join(stage)} does not run without any mutant: status {status}")
+        return tuple(argument for name in failed for argument in ("--deselect", f"tests/{name}"))
+
+    def killed(self, mutant: Mutant) -> str:
+        """The test that noticed, or "" when none did."""
+        target = place(self.root, mutant.file)
+        original = target.read_text()
+        for stage in TESTS[mutant.file]:
+            left_out = self.broken(stage)
+            target.write_text(changed(self.root, mutant))
+            try:
+                status, failed = pytest_in_fork(self.root, ("-x", *stage, *left_out), self.seconds)
+            finally:
+                target.write_text(original)
+            if status != 0:
+                return failed[0] if failed else f"status {status} of {' '.join(stage)}"
+        return ""
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Break the sources one line at a time and count what tests notice.")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--count", type=int, default=100)
-    parser.add_argument("--file", default="", help="only files whose path contains this")
-    parser.add_argument(
-        "--seconds", type=float, default=300.0, help="a mutant whose tests take longer counts as killed"
+    parser = argparse.ArgumentParser(
+        description="Break the sources in one place at a time and count what tests notice."
     )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=100, help="in all, with those already recorded")
+    parser.add_argument("--file", default="", help="only files whose path contains this")
+    parser.add_argument("--seconds", type=float, default=300.0, help="a stage that takes longer has noticed")
     parser.add_argument("--total", type=float, default=float("inf"), help="stop after this many seconds")
+    parser.add_argument("--totals", type=Path, default=ROOT / "out" / "mutants.json", help="JSON file that runs add to")
     options = parser.parse_args()
-    killed, survivors, start = 0, [], time.monotonic()
+    options.totals.parent.mkdir(exist_ok=True)
+    record: dict[str, Any] = json.loads(options.totals.read_text()) if options.totals.exists() else {}
+    start = time.monotonic()
+    warm()
     with tempfile.TemporaryDirectory(prefix="sparsec-mutants-") as name:
-        folder = Path(name)
-        package = workspace(folder)
-        chosen = choose(options.seed, options.count, options.file)
-        for tests in sorted({TESTS[m.file] for m in chosen}):
-            broken, line = check(folder, tests, 10 * options.seconds)
-            if broken:
-                print(f"{' '.join(tests)} fail without any mutant: {line}")
-                return 2
-        for mutant in chosen:
+        root = workspace(Path(name))
+        judge = Judge(root, options.seconds)
+        for mutant in choose(root, options.seed, options.count, options.file):
+            if mutant.name in record:
+                continue
             if time.monotonic() - start > options.total:
                 break
-            target = place(package, mutant.file)
-            original = target.read_text()
-            target.write_text("\n".join(_changed(mutant)) + "\n")
-            dead, line = check(folder, TESTS[mutant.file], options.seconds)
-            target.write_text(original)
-            killed += dead
-            print(f"{'killed  ' if dead else 'SURVIVED'} {mutant.file}:{mutant.line + 1}  {line[:80]}", flush=True)
-            if not dead:
-                survivors.append(mutant)
-                print(f"  - {mutant.before.strip()}\n  + {mutant.after.strip()}", flush=True)
-    total = killed + len(survivors)
-    print(f"seed {options.seed}: {total} mutants, {killed} killed, {len(survivors)} survived")
-    return 0 if total and killed >= 0.95 * total else 1
+            by = judge.killed(mutant)
+            record[mutant.name] = by
+            options.totals.write_text(json.dumps(record, indent=1))
+            print(f"{'killed  ' if by else 'SURVIVED'} {mutant.name}\n           {by[:100]}", flush=True)
+    survivors = [name for name, by in record.items() if not by and name not in EQUIVALENT]
+    print("\n".join(["", *survivors]))
+    print(f"{len(record)} mutants, {sum(map(bool, record.values()))} killed, {len(survivors)} survived")
+    return 0 if record and len(survivors) <= 0.05 * len(record) else 1
 
 
 if __name__ == "__main__":

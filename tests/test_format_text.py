@@ -48,6 +48,14 @@ def test_parse_raises_nothing_else(text: str) -> None:
     assert fmt.text() == text
 
 
+def test_formats_nest_sixteen_deep_and_no_deeper() -> None:
+    """Neither text is a format, since a block is a number: the reasons differ."""
+    with pytest.raises(SpecError, match="block"):
+        parse("csr(block=" * 16 + "1" + ")" * 16)
+    with pytest.raises(SpecError, match="holds more than 16 formats"):
+        parse("csr(block=" * 17 + "1" + ")" * 17)
+
+
 def test_unknown_format_names_the_nearest() -> None:
     with pytest.raises(SpecError, match="nearest: 'bitmask'"):
         parse("bitmsk")
