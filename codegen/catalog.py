@@ -94,7 +94,7 @@ class Variant:
                 bias=problem.bias,
                 epilogue=problem.epilogue,
                 plan=plan,
-                fields=_fields(resolved),
+                fields=fields_of(resolved),
                 tile=tile,
                 conv=problem.conv,
             )
@@ -174,8 +174,8 @@ _TABLES = (  # modules with further VARIANTS, imported when first asked for
 )  # fmt: skip
 
 _BACKENDS = {  # name -> module with a BACKEND, imported when first needed
-    "c": "sparsec.codegen.c", "cuda": "sparsec.codegen.cuda", "tvm": "sparsec.codegen.tvm", "pair": "sparsec.codegen.pair",
-    "torch": "sparsec.codegen.torch_chain",
+    "c": "sparsec.codegen.c", "cuda": "sparsec.codegen.cuda", "tvm": "sparsec.codegen.tvm",
+    "pair": "sparsec.codegen.pair", "torch": "sparsec.codegen.torch_chain",
 }  # fmt: skip
 
 _LOCK = threading.Lock()
@@ -265,11 +265,11 @@ def _add(kind: str, table: dict[str, _T], taken: list[str], name: str, obj: _T) 
         table[name] = obj
 
 
-def _fields(fmt: Format) -> tuple[tuple[str, int], ...]:
+def fields_of(fmt: Format) -> tuple[tuple[str, int], ...]:
     """The fields that a template reads; those of a format inside another one join them."""
     fields: dict[str, object] = {}
     for name, value in fmt.fields().items():
-        fields |= dict(_fields(value)) if isinstance(value, Format) else {name: value}
+        fields |= dict(fields_of(value)) if isinstance(value, Format) else {name: value}
     if bad := [name for name, value in fields.items() if type(value) is not int]:
         value = fields[bad[0]]
         raise SpecError(f"{fmt.text()}: field {bad[0]!r} is {value!r}; templates read resolved integer fields only")

@@ -103,10 +103,8 @@ def fit(source: str, fmt: Format, shape: tuple[int, ...], dtype: torch.dtype) ->
     given = (spec.format, spec.out_features, spec.in_features, spec.dtype, spec.op)
     if spec.text() != source or given != wanted:
         raise LoadError(f"kernel {source[:120]!r} does not fit its weight: {wanted} expected")
-    if spec.fields != tuple(fmt.fields().items()):
+    if spec.fields != catalog.fields_of(fmt):
         raise LoadError(f"kernel {source[:120]!r}: its fields are not those of {fmt.text()}")
-    if (spec.op == "conv") != (spec.conv is not None) or (spec.conv is not None and spec.conv.kernel != shape[2:]):
-        raise LoadError(f"kernel {source[:120]!r}: its geometry is not that of a {shape} weight")
     if (spec.op == "conv") != (spec.conv is not None) or (spec.conv is not None and spec.conv.kernel != shape[2:]):
         raise LoadError(f"kernel {source[:120]!r}: its geometry is not that of a {shape} weight")
     numbers = [n for _, n in spec.tile] + [n for line in spec.plan for n in (line[0], line[2])]

@@ -17,7 +17,7 @@ import torch
 from sparsec import verify
 from sparsec.codegen import catalog
 from sparsec.codegen.kernel import DTYPES, KernelSpec, Problem, Step
-from sparsec.formats import FORMATS, NM, Buffers, FanIn, Format
+from sparsec.formats import BSR, CSR, FORMATS, NM, NMG, Bitmask, Buffers, CSRGroups, FanIn, Format
 from sparsec.target import Target
 from sparsec.testing_relations import RELATIONS, Trial, run_packed
 
@@ -109,6 +109,16 @@ def draw_format(rng: np.random.Generator, name: str, rows: int, cols: int) -> Fo
         return make(width=(None, 16, 32, 64)[int(rng.integers(4))], block=block).resolve(rows, cols)
     if name == "nm":
         return make(*((1, 2), (2, 4), (1, 4), (3, 8), (4, 8), (2, 16), (5, 16), (4, 32))[int(rng.integers(8))])
+    if name == "nmg":
+        return make(*((1, 2, 3), (1, 4, 4), (2, 4, 2), (2, 8, 1), (2, 16, 1))[int(rng.integers(5))])
+    if name == "block_nm":
+        return make(*((16, 16), (16, 32), (8, 8), (32, 16), (4, 8))[int(rng.integers(5))])
+    if name == "permuted":
+        held = (BSR(16, 1), BSR(4, 4), BSR(3, 5), CSRGroups(), CSRGroups(64))[int(rng.integers(5))]
+        return make(held, int(rng.integers(4)), int(rng.integers(4))).resolve(rows, cols)
+    if name == "sum":
+        first = (BSR(4, 4), NM(1, 4))[int(rng.integers(2))]
+        return make(first, (CSR(), CSRGroups(), Bitmask())[int(rng.integers(3))]).resolve(rows, cols)
     if name == "fan_in":
         return make(int(rng.integers(1, min(cols, 40) + 1)), (None, 32)[int(rng.integers(2))]).resolve(rows, cols)
     if name == "quantized":
@@ -196,6 +206,8 @@ def _obey(fmt: Format, mask: np.ndarray) -> np.ndarray:
         return (groups & (groups.cumsum(axis=2) <= fmt.n)).reshape(rows, -1)[:, :cols]
     if isinstance(fmt, FanIn):
         return mask & (mask.cumsum(axis=1) <= fmt.k)
+    if isinstance(fmt, NMG):
+        return mask & fmt.choose(torch.from_numpy(mask)).numpy()
     return mask
 
 

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import sparsec
 from sparsec.errors import FormatError, InputError, SpecError
 from sparsec.factors import Factor, Kronecker, LowRank, Monarch, Sparse, Sum, factor_class, parse, register_factor
+from sparsec import formats
 from sparsec.factors._base import relative_error
 from sparsec.formats import BSR, CSR, NM, FanIn
 
@@ -258,7 +259,7 @@ def test_bad_weights_and_grams_are_refused():
 def test_addition():
     assert LowRank(2) + NM(2, 4) == Sum(LowRank(2), Sparse(format=NM(2, 4)))
     assert NM(2, 4) + LowRank(2) == Sum(Sparse(format=NM(2, 4)), LowRank(2))
-    assert NM(1, 4) + FanIn(3) == Sum(Sparse(format=NM(1, 4)), Sparse(format=FanIn(3)))
+    assert NM(1, 4) + FanIn(3) == Sum(NM(1, 4), FanIn(3)) == formats.Sum(NM(1, 4), FanIn(3)), "two formats are a format"
     assert (LowRank(2) + Sparse(0.5)) + Monarch() == LowRank(2) + (Sparse(0.5) + Monarch())
     for bad in (3, "csr", None):
         with pytest.raises(TypeError):

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from sparsec import formats
 from sparsec.errors import FormatError, SpecError
 from sparsec.factors._base import Factor, Shape, relative_error
 from sparsec.factors._contraction import Contraction
@@ -30,6 +31,12 @@ class Sum(Factor):
     terms: tuple[Factor, ...]
 
     name: ClassVar[str] = "sum"
+
+    def __new__(cls, *parts: Factor | Format, terms: tuple[Factor | Format, ...] = ()) -> Any:
+        """Two formats and no factor are a format: one stores what lies in its order, the other the rest, exactly."""
+        if len(parts) == 2 and not terms and all(isinstance(part, Format) for part in parts):
+            return formats.Sum(*parts)  # type: ignore[arg-type]  # both were just looked at
+        return super().__new__(cls)
 
     def __init__(self, *parts: Factor | Format, terms: tuple[Factor | Format, ...] = ()) -> None:
         flat: list[Factor] = []
