@@ -50,8 +50,9 @@ def test_parse_raises_nothing_else(text: str) -> None:
 
 def test_formats_nest_sixteen_deep_and_no_deeper() -> None:
     """Neither text is a format, since a block is a number: the reasons differ."""
-    with pytest.raises(SpecError, match="block"):
+    with pytest.raises(SpecError) as caught:
         parse("csr(block=" * 16 + "1" + ")" * 16)
+    assert "holds more" not in str(caught.value)
     with pytest.raises(SpecError, match="holds more than 16 formats"):
         parse("csr(block=" * 17 + "1" + ")" * 17)
 
