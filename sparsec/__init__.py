@@ -64,6 +64,7 @@ from sparsec.spec import Auto, Spec
 if TYPE_CHECKING:
     from sparsec.algebra import plan
     from sparsec.factors import Factor, Kronecker, LowRank, Monarch, Sparse, Sum
+    from sparsec.masks import mask_outputs
     from sparsec.sparsifiers import sparsify
     from sparsec.sparsifiers.structure import co_permute, dependency_groups, shrink
 
@@ -74,14 +75,15 @@ _LAZY = {  # what a user who only compiles or loads never needs: a third of the 
     "plan": "sparsec.algebra",
     "co_permute": "sparsec.sparsifiers.structure",
     "dependency_groups": "sparsec.sparsifiers.structure",
+    "mask_outputs": "sparsec.masks",
     "shrink": "sparsec.sparsifiers.structure",
     **dict.fromkeys(("Factor", "Kronecker", "LowRank", "Monarch", "Sparse", "Sum"), "sparsec.factors"),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name == "points":
-        return import_module("sparsec.points")
+    if name in ("masks", "points"):
+        return import_module(f"sparsec.{name}")
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'sparsec' has no attribute {name!r}")
@@ -139,6 +141,7 @@ __all__ = [
     "graphs",
     "load",
     "load_dense_state_dict",
+    "mask_outputs",
     "plan",
     "register",
     "report",

@@ -41,6 +41,7 @@ MAY_ALSO: dict[str, tuple[set[str], str]] = {
     "testing_kernels": ({"testing", "formats", "codegen"}, "draws kernels of every variant and builds them"),
     "spec": ({"factors"}, "factors are values of a spec"),
     "formats._base": ({"factors"}, "a + b builds a Sum"),
+    "masks": ({"ops"}, "puts its op into modules"),
     "export_c": ({"codegen"}, "writes kernels into a C project"),
     "save": ({"api", "codegen"}, "puts a compile result back together, with kernels of this machine"),
     "save_kernels": ({"codegen", "factors"}, "renders and builds the kernels of a file"),

@@ -61,8 +61,10 @@ class Patches:
         lows = low.new_full((chunks,), inputs).scatter_reduce(0, target // chunk, low, "amin")
         highs = low.new_full((chunks,), -1).scatter_reduce(0, target // chunk, high, "amax")
         span = int((highs - lows + 1).clamp(min=0).amax()) if chunks else 0
-        tables = (torch.where(inside, source, -1), target, starts, lows)
-        return cls(*(t.to(torch.int32) for t in tables), span, inputs, chunk)
+        table, target, starts, lows = (
+            t.to(torch.int32) for t in (torch.where(inside, source, -1), target, starts, lows)
+        )
+        return cls(table, target, starts, lows, span, inputs, chunk)
 
 
 _BOOKS: Any = WeakIdKeyDictionary()  # mask -> {geometry: rulebook}
@@ -147,8 +149,8 @@ def _check(
     want = tuple(g // s + 1 for g, s in zip(given, stride))
     if keep.dtype is not torch.bool or tuple(keep.shape) != want or keep.device != x.device:
         raise InputError(
-            f"the mask is {keep.dtype} {tuple(keep.shape)} on {keep.device}; for an input of {tuple(x.shape)} the output "
-            f"has {want} pixels, so it must be bool {want} on {x.device}"
+            f"the mask is {keep.dtype} {tuple(keep.shape)} on {keep.device}; for x {tuple(x.shape)} it must be "
+            f"bool {want} on {x.device}, one value for each pixel of the output"
         )
 
 
