@@ -20,4 +20,8 @@ VARIANTS: tuple[Variant, ...] = (
         "conv_depthwise", "conv", "dense", "conv_depthwise.c.jinja", dtypes=("float32", "bfloat16"), isas=_ISAS,
         choose=plans_conv.depthwise, needs=plans_conv.refuse_depthwise,
     ),
+    Variant(
+        "conv_dense", "conv", "dense", "conv_dense.c.jinja", dtypes=("float32", "bfloat16"), isas=_ISAS,
+        choose=plans_conv.dense, needs=plans_conv.refuse_dense,
+    ),
 )  # fmt: skip

@@ -19,6 +19,7 @@ OFFSETS, PANEL, IN_PLACE = 0, 1, 2
 
 CHUNK_BYTES = 128 << 10  # of sums that wait between two steps
 LONGEST_STRIP = 1024  # positions
+MAX_DENSE = 256  # inputs per output of the dense kernel
 
 
 def refuse(problem: Problem, fmt: Format, target: Target) -> str | None:
@@ -44,10 +45,34 @@ def refuse_depthwise(problem: Problem, fmt: Format, target: Target) -> str | Non
         return reason
     conv = _geometry(problem)
     if conv.groups == 1 or problem.in_features != conv.taps:
-        return "a dense convolution with more than one input channel per group is left to torch"
+        return "the depthwise kernel wants one input channel per group"
     if conv.taps > 64:
         return f"{conv.taps} taps are more than the depthwise kernel unrolls (64)"
     return None
+
+
+def refuse_dense(problem: Problem, fmt: Format, target: Target) -> str | None:
+    """Why the dense kernel does not take this problem: large ones are better served by a library's blocked layouts."""
+    if (reason := refuse(problem, fmt, target)) is not None:
+        return reason
+    conv = _geometry(problem)
+    if conv.groups > 1 and problem.in_features == conv.taps:
+        return "a depthwise convolution has a kernel of its own"
+    if problem.in_features > MAX_DENSE:
+        return f"{problem.in_features} dense inputs per output are left to torch (at most {MAX_DENSE})"
+    return None
+
+
+def dense(problem: Problem, fmt: Format, target: Target, isa: str) -> tuple[tuple[Plan, Tile], ...]:
+    """All channels in one step, by offset: these weights are small."""
+    conv = _geometry(problem)
+    columns = 4 * max(ISAS[isa].lanes, 4)
+    mode = IN_PLACE if conv.layout.flat and problem.dtype == "float32" and conv.pixels % columns == 0 else OFFSETS
+    tile = (
+        ("mode", mode), ("columns", columns), ("strip", _strip(problem, target, columns, mode)), ("step", 1),
+        ("chunk", 16), ("block", problem.in_features),
+    )  # fmt: skip
+    return (((), tile),)
 
 
 def depthwise(problem: Problem, fmt: Format, target: Target, isa: str) -> tuple[tuple[Plan, Tile], ...]:

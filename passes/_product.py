@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import fx
 
 from sparsec import verify
-from sparsec.aten import arguments
+from sparsec.aten import arguments, opname
 from sparsec.codegen.kernel import Conv, Problem, Step
-from sparsec.errors import SpecError
+from sparsec.errors import PassError, SpecError
 from sparsec.graph import Fact
 from sparsec.ops import conv as conv_op
 from sparsec.ops import linear as linear_op
@@ -33,11 +33,53 @@ def overload(op: str, buckets: bool = False) -> Any:
     return found.BUCKETS if buckets else found.OVERLOAD
 
 
+@dataclass(frozen=True)
+class Source:
+    """The node whose value a kernel reads: the site's input, or what is behind a pad with zeros that the kernel folds.
+
+    `low` and `high` are the zeros that it adds before and behind the last dimensions.
+    """
+
+    node: fx.Node
+    low: tuple[int, ...] = ()
+    high: tuple[int, ...] = ()
+
+    def crop(self, x: torch.Tensor) -> torch.Tensor:
+        """The value of `node`, of the padded value."""
+        for i, (low, high) in enumerate(zip(self.low, self.high, strict=True)):
+            dim = i - len(self.low)
+            x = x.narrow(dim, low, x.shape[dim] - low - high)
+        return x.contiguous() if any(self.low + self.high) else x
+
+
+def source(node: fx.Node) -> Source:
+    """What a site's kernel reads: `conv(pad(x, (0, 1, 0, 1)), W) --> conv(x, W)` with that padding in its geometry."""
+    read = node.args[0]
+    if not isinstance(read, fx.Node):
+        raise PassError(f"node {node.name!r} multiplies {read!r}, which is no node")
+    if not opname(node).startswith("aten::conv") or opname(read) not in ("aten::constant_pad_nd", "aten::pad"):
+        return Source(read)
+    bound = arguments(read)
+    axes = len(_shape(read)) - 2
+    pads = bound["pad"]
+    plain = bound.get("mode", "constant") == "constant" and bound.get("value") in (None, 0, 0.0)
+    if not plain or not all(isinstance(n, int) and n >= 0 for n in pads) or not 0 < len(pads) // 2 <= axes:
+        return Source(read)
+    pads = [*pads, *[0] * (2 * axes - len(pads))]
+    return Source(bound.get("self", bound.get("input")), tuple(reversed(pads[::2])), tuple(reversed(pads[1::2])))
+
+
+def _shape(node: fx.Node) -> tuple[Any, ...]:
+    """The shape that the capture recorded for a node; () when it recorded none."""
+    return tuple(getattr(node.meta.get("val"), "shape", ()))
+
+
 def geometry(node: fx.Node, fact: Fact) -> Conv | str:
     """The geometry of a convolution node, or why it has none that a kernel could be made for."""
     bound = arguments(node)
     axes = len(fact.shape) - 2
-    value = bound["input"].meta.get("val") if isinstance(bound["input"], fx.Node) else None
+    read = source(node)
+    value = read.node.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return "the capture recorded no shape of its input"
     size = tuple(value.shape[-axes:])
@@ -51,6 +93,9 @@ def geometry(node: fx.Node, fact: Fact) -> Conv | str:
             low, high = tuple(n // 2 for n in total), tuple(n - n // 2 for n in total)
     else:
         low = high = _spread(bound["padding"], axes)
+    if read.low:
+        low = tuple(a + b for a, b in zip(low, read.low, strict=True))
+        high = tuple(a + b for a, b in zip(high, read.high, strict=True))
     try:
         return Conv(size, tuple(fact.shape[2:]), stride, low, high, dilation, int(bound["groups"]))
     except SpecError as error:
@@ -110,8 +155,8 @@ def samples(
     conv, out = problem.conv, weight.shape[0]
     pixels = _pixels(x.shape[0] * conv.pixels)
     image, place = pixels // conv.pixels, pixels % conv.pixels
-    got = y.reshape(y.shape[0], out, -1)[image, :, place]
-    rest = residual.reshape(y.shape[0], out, -1)[image, :, place] if residual is not None else None
+    got = y.reshape(y.shape[0], out, conv.pixels)[image, :, place]
+    rest = residual.reshape(y.shape[0], out, conv.pixels)[image, :, place] if residual is not None else None
     columns = _under_taps(x, conv, image, place)
     wide = columns.shape[1] // conv.groups
     at_once = max(1, min(conv.groups, int((_BLOCK_DIAGONAL / max(1, wide * out // conv.groups)) ** 0.5)))
@@ -149,6 +194,6 @@ def _under_taps(x: torch.Tensor, conv: Conv, image: torch.Tensor, place: torch.T
         good = (at >= 0) & (at < axis.size)
         index = (index[:, :, None] * axis.size + at.clamp(0, axis.size - 1)[:, None, :]).flatten(1)
         inside = (inside[:, :, None] & good[:, None, :]).flatten(1)
-    flat = x.reshape(x.shape[0], x.shape[1], -1)
+    flat = x.reshape(x.shape[0], x.shape[1], conv.inputs)
     found = flat[image[:, None, None], torch.arange(x.shape[1])[None, :, None], index[:, None, :]]
     return torch.where(inside[:, None, :], found, torch.zeros_like(found)).flatten(1)

@@ -6,6 +6,7 @@ from torch import fx
 
 from sparsec.aten import arguments
 from sparsec.aten import arguments
+from sparsec.aten import arguments
 from sparsec.driver import Context, Pass
 from sparsec.formats import Format
 from sparsec.graph import Constant, add_constant, constants, drop_dead_constants, epilogue_nodes, get_constant, sites
@@ -63,6 +64,7 @@ def _register(gm: fx.GraphModule, weight: str, choice: Choice) -> tuple[str, ...
 
 def _replace(gm: fx.GraphModule, node: fx.Node, names: tuple[str, ...], choice: Choice) -> None:
     """Insert the op behind the last absorbed node, move all uses to it, erase what it replaces."""
+    node_input = node.args[0]
     absorbed, residual = epilogue_nodes(gm, node)
     chain = [node, *absorbed]
     last = chain[-1]
@@ -72,8 +74,10 @@ def _replace(gm: fx.GraphModule, node: fx.Node, names: tuple[str, ...], choice: 
         buffers = [gm.graph.get_attr(name) for name in names]
         for getter, tensor in zip(buffers, choice.buffers.values(), strict=True):
             getter.meta["val"] = tensor
-        head = (node.args[0], buffers)
+        source = _product.source(node).node
+        head = (source, buffers)
         tail = (bias, residual, choice.kernel.text())
+        op = _product.overload(choice.kernel.op, buckets=bool(choice.dense_ranges))
         op = _product.overload(choice.kernel.op, buckets=bool(choice.dense_ranges))
         op = _product.overload(choice.kernel.op, buckets=bool(choice.dense_ranges))
         if choice.dense_ranges:
@@ -85,5 +89,6 @@ def _replace(gm: fx.GraphModule, node: fx.Node, names: tuple[str, ...], choice: 
     last.replace_all_uses_with(new)
     for old in reversed(chain):
         gm.graph.erase_node(old)
-    if isinstance(weight, fx.Node) and not weight.users:
-        gm.graph.erase_node(weight)
+    for unread in (node_input, weight):  # a folded pad, a weight without a dense range
+        if isinstance(unread, fx.Node) and unread.op != "placeholder" and not unread.users:
+            gm.graph.erase_node(unread)

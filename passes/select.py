@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import math
+import math
 from collections.abc import Mapping
 from time import perf_counter
 from typing import Any
@@ -19,6 +20,7 @@ from sparsec.driver import Context, Pass
 from sparsec.errors import SparsecError
 from sparsec.factors import Factor
 from sparsec.graph import Fact, get_constant, sites, update
+from sparsec.passes import _product
 from sparsec.passes._prepacked import Prepacked
 from sparsec.passes._propose import Proposal, dense_row, propose
 from sparsec.passes._trial import Choice, Trial
@@ -132,10 +134,11 @@ class _Runner(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         proposal = self.proposals.get(n)
         if proposal is not None:
-            x = self.env[n.args[0]]  # type: ignore[index]
+            source = _product.source(n)
+            x = source.crop(self.env[n.args[0]])  # type: ignore[index]
             residual = next((v for k, v in self.env.items() if k.name == proposal.fact.residual), None)
             leading = _leading(proposal, x.dim())
-            batches = _batches(n.args[0], math.prod(x.shape[:leading]), leading)  # type: ignore[arg-type]
+            batches = _batches(source.node, math.prod(x.shape[:leading]), leading)
             self.outcomes.append((proposal, *self.trial.decide(proposal, x, residual, batches)))
         return super().run_node(n)
 

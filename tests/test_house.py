@@ -65,6 +65,8 @@ MAY_ALSO: dict[str, tuple[set[str], str]] = {
     "passes._product": ({"ops"}, "knows the op of every kind of site"),
     "ops.conv": ({"verify"}, "a bucket that keeps its dense weight applies the same epilogue"),
     "passes._product": ({"ops"}, "knows the op of every kind of site"),
+    "ops.conv": ({"verify"}, "a bucket that keeps its dense weight applies the same epilogue"),
+    "passes._product": ({"ops"}, "knows the op of every kind of site"),
     "passes._trial": ({"codegen", "ops"}, "runs candidates through the op that will be installed"),
     "passes.lower": ({"ops"}, "puts the ops into the graph"),
 }
