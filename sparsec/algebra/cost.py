@@ -104,7 +104,7 @@ def naive_flops(masks: Sequence[int], complexes: Sequence[bool], keep: int, size
     for mask in masks:
         union |= mask
     times, plus = arithmetic(any(complexes), any(complexes))
-    return sizes(union) * (times * max(1, len(masks) - 1) + (plus if union & ~keep else 0))
+    return sizes(union) * (times * (len(masks) - 1) + (plus if union & ~keep else 0))
 
 
 def spelled(mask: int, names: Sequence[str]) -> str:

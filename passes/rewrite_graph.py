@@ -1,0 +1,93 @@
+"""Rewrites that only move or share values: permutations that cancel, equal calls computed once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from sparsec.aten import arguments, opname
+from sparsec.graph import drop_unread, mutated, owner, pure
+
+if TYPE_CHECKING:
+    from sparsec.passes.rewrite import Log
+
+
+def place(node: fx.Node) -> str:
+    """The module that a node comes from, for people."""
+    return owner(node)[0] or "<root>"
+
+
+def permutation(node: fx.Node) -> tuple[int, ...] | None:
+    """The order of axes that a call of `t`, `transpose` or `permute` gives; None for other calls or unknown ranks."""
+    name = opname(node)
+    if name not in ("aten::t", "aten::transpose", "aten::permute"):
+        return None
+    source = node.args[0]
+    value = source.meta.get("val") if isinstance(source, fx.Node) else None
+    rank = value.dim() if value is not None else (2 if name == "aten::t" else None)
+    if rank is None:
+        return None
+    axes = list(range(rank))
+    bound = arguments(node)
+    if name == "aten::permute":
+        return tuple(d % rank for d in bound["dims"])
+    first, second = (0, rank - 1) if name == "aten::t" else (bound["dim0"] % rank, bound["dim1"] % rank)
+    if rank:
+        axes[first], axes[second] = axes[second], axes[first]
+    return tuple(axes)
+
+
+def cancel_transposes(gm: fx.GraphModule, log: Log) -> None:
+    """`permute(permute(x, p), q) --> x` where the two are inverse to each other."""
+    for node in list(gm.graph.nodes):
+        outer = permutation(node)
+        inner = permutation(node.args[0]) if outer is not None else None
+        if outer is None or inner is None or len(inner) != len(outer):
+            continue
+        if tuple(inner[i] for i in outer) != tuple(range(len(outer))):
+            continue
+        middle = node.args[0]
+        node.replace_all_uses_with(middle.args[0])
+        gm.graph.erase_node(node)
+        if not middle.users:
+            gm.graph.erase_node(middle)
+        log.applied(["transposes_cancelled"], [place(middle)], f"{node.name} undoes {middle.name}")
+
+
+def share(gm: fx.GraphModule, log: Log) -> None:
+    """`f(x), f(x) --> y = f(x); y, y` for calls without effects and without chance."""
+    written = mutated(gm)
+    seen: dict[Any, fx.Node] = {}
+    for node in list(gm.graph.nodes):
+        if node.op == "get_attr" and node.target not in written:
+            key: Any = ("get_attr", node.target)
+        elif pure(node) and node.op == "call_function":
+            key = str(node.target), _frozen(node.args), _frozen(node.kwargs)
+        else:
+            continue
+        first = seen.setdefault(key, node)
+        if first is node or _escapes(node, first):
+            continue
+        node.replace_all_uses_with(first)
+        gm.graph.erase_node(node)
+        if node.op != "get_attr":
+            log.applied(["shared"], [place(node)], f"{node.name} is {first.name}")
+    drop_unread(gm, [n for n in gm.graph.nodes if n.op == "get_attr"])
+
+
+def _frozen(value: Any) -> Any:
+    """Arguments as a hashable key: nodes by identity, numbers with their type."""
+    if isinstance(value, fx.Node):
+        return "node", value.name
+    if isinstance(value, list | tuple):
+        return tuple(_frozen(v) for v in value)
+    if isinstance(value, dict):
+        return tuple((k, _frozen(v)) for k, v in sorted(value.items()))
+    return type(value).__name__, repr(value)
+
+
+def _escapes(node: fx.Node, first: fx.Node) -> bool:
+    """Two results of the model must stay two tensors: a caller may write into one."""
+    both = (node, first)
+    return any(u.op == "output" for n in both for u in n.users)
