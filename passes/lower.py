@@ -5,8 +5,6 @@ from __future__ import annotations
 from torch import fx
 
 from sparsec.aten import arguments
-from sparsec.aten import arguments
-from sparsec.aten import arguments
 from sparsec.driver import Context, Pass
 from sparsec.formats import Format
 from sparsec.graph import Constant, add_constant, constants, drop_dead_constants, epilogue_nodes, get_constant, sites
@@ -77,8 +75,6 @@ def _replace(gm: fx.GraphModule, node: fx.Node, names: tuple[str, ...], choice: 
         source = _product.source(node).node
         head = (source, buffers)
         tail = (bias, residual, choice.kernel.text())
-        op = _product.overload(choice.kernel.op, buckets=bool(choice.dense_ranges))
-        op = _product.overload(choice.kernel.op, buckets=bool(choice.dense_ranges))
         op = _product.overload(choice.kernel.op, buckets=bool(choice.dense_ranges))
         if choice.dense_ranges:
             flat = [bound for span in choice.dense_ranges for bound in span]

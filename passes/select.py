@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import math
-import math
 from collections.abc import Mapping
 from time import perf_counter
 from typing import Any
