@@ -155,7 +155,10 @@ def _smoke(found: Toolchain) -> None:
 
     with cache.open_cache().workspace() as folder:
         source, output = folder / "smoke.c", folder / "smoke.so"
-        source.write_text(_SMOKE)
+        try:
+            source.write_text(_SMOKE)
+        except OSError as error:
+            raise ToolchainError(f"cannot write to {folder} ({error}); free space or set SPARSEC_CACHE_DIR") from error
         try:
             found.compile(source, output, "portable", seconds=60.0)
             answer = load_module(str(output))["smoke"](21)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import subprocess
 from pathlib import Path
@@ -37,14 +38,14 @@ def supported(kind: str, folder: Path) -> str | None:
     return f"the {kind} sanitizer does not run here: {done.stderr[:200]}" if done.returncode else None
 
 
-def build(spec: KernelSpec, kind: str, folder: Path) -> Path:
+def build(spec: KernelSpec, kind: str, folder: Path, extra: tuple[str, ...] = ()) -> Path:
     """The driver around one kernel, as an instrumented program."""
     source, program = folder / f"{spec.symbol}.c", folder / f"{spec.symbol}.{kind}"
     source.write_text(render(spec).text)
     command = [
         "gcc", "-std=gnu11", "-g1", "-O0", "-fno-omit-frame-pointer", "-Wno-psabi", *FLAGS[kind], *ISAS[spec.isa].flags,
         f"-I{toolchain.include_path()}", f'-DKERNEL_SOURCE="{source}"', f"-DENTRY_POINT=__tvm_ffi_{spec.symbol}",
-        str(DRIVER), "-o", str(program), "-pthread", "-lm",
+        *extra, str(DRIVER), "-o", str(program), "-pthread", "-lm",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -88,7 +89,7 @@ def _tensor(tensor: torch.Tensor | None) -> bytes:
     return head + bytes(flat.reshape(-1).view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
 
 
-def run(program: Path, case: Case, data: Data, threads: int, low: bool) -> list[str]:
+def run(program: Path, case: Case, data: Data, threads: int, low: bool, **environment: str) -> list[str]:
     """What is wrong: a report of the sanitizer, a status, or an output beyond the bound of the float64 oracle."""
     weight, x = make_weight(case, data), make_input(case, data, case.cols, 2)
     x = x.reshape(-1, case.cols).contiguous()
@@ -108,6 +109,7 @@ def run(program: Path, case: Case, data: Data, threads: int, low: bool) -> list[
         capture_output=True,
         text=True,
         errors="replace",
+        env={**os.environ, **environment},
     )
     if done.returncode or done.stderr.strip():
         return [f"status {done.returncode}: {done.stderr[:1500]}"]

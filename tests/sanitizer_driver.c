@@ -5,7 +5,21 @@
    IN: int32 count, then per tensor int32 code, bits, ndim, int64 shape[ndim], its bytes; tensor 1 is the output, and a
    code of -1 stands for None. OUT receives the output. LOW 1 puts tensors at the start of their pages, 0 at the end. */
 #define _GNU_SOURCE
+#ifdef FAIL_ALLOCATIONS /* the allocation whose number is in the environment fails */
+#include <stdlib.h>
+static long allocations;
+static int fails(void) {
+  const char *at = getenv("FAIL_AT");
+  return at && __atomic_add_fetch(&allocations, 1, __ATOMIC_RELAXED) == atol(at);
+}
+static void *failing_aligned(size_t align, size_t bytes) { return fails() ? NULL : aligned_alloc(align, bytes); }
+static inline void *failing_malloc(size_t bytes) { return fails() ? NULL : malloc(bytes); }
+#define aligned_alloc failing_aligned
+#define malloc failing_malloc
+#endif
 #include KERNEL_SOURCE
+#undef aligned_alloc
+#undef malloc
 
 #include <pthread.h>
 #include <stdio.h>
