@@ -8,11 +8,12 @@ pruning.py budget    levels chosen under a budget in milliseconds, and what the 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ METHODS: dict[str, Callable[[Any], Any]] = {
     "SparseGPT + bias": lambda target: BiasCorrection(SparseGPT(target)),
 }
 
+TARGETS = {"50%": 0.5, "60%": 0.6, "2:4": sparsec.NM(2, 4)}
 LAYERS = r"re:encoder\.layer\..*"
 
 
@@ -60,10 +62,12 @@ def minilm(options: argparse.Namespace) -> list[dict[str, Any]]:
     size = sum(map(len, texts[::2][:count])) / 1e3
     print(f"calibration: {count} docstrings of the standard library, {tokens} tokens ({size:.0f} kB); held out: "
           f"{count // 2} others")  # fmt: skip
-    targets = (0.5,) if options.quick else (0.5, 0.6, sparsec.NM(2, 4))
+    targets = [TARGETS[t] for t in (["50%"] if options.quick else options.targets)]
     rows = []
     for target in targets:
         for label, method in METHODS.items():
+            if label not in (options.methods or METHODS):
+                continue
             begin, busy = time.perf_counter(), time.process_time()
             pruned = sparsec.sparsify(dense, method(target), data=seen, where=LAYERS)
             wall, cpu = time.perf_counter() - begin, time.process_time() - busy
@@ -117,31 +121,42 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
+@contextlib.contextmanager
+def fresh_cache() -> Iterator[None]:
+    """A kernel cache without any stored timing."""
+    before = os.environ.get("SPARSEC_CACHE_DIR")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["SPARSEC_CACHE_DIR"] = folder
+        try:
+            yield
+        finally:
+            os.environ.pop("SPARSEC_CACHE_DIR")
+            if before is not None:
+                os.environ["SPARSEC_CACHE_DIR"] = before
+
+
 @torch.inference_mode()
 def budget(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Choose levels for MiniLM's layers under a budget, compile the result with no stored timings, and measure."""
     _, dense, _ = loaded()
     ids = torch.randint(1000, 20000, options.shape, generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    levels = (0.5, 0.9) if options.quick else (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-    timings = {}
-    for level in levels:
-        pruned = sparsec.sparsify(dense, Magnitude(level), where=LAYERS)
-        timings[level] = sparsec.analyze(pruned, None, example_kwargs=batch)
-    first = timings[levels[0]].totals()
-    least = timings[levels[-1]].totals().us / 1e3
+    levels = (0.5, 0.9) if options.quick else (0.5, 0.7, 0.8, 0.9)
+    known = {s: sparsec.sparsify(dense, Magnitude(s), where=LAYERS) for s in levels}
+    with fresh_cache():
+        timings = {level: sparsec.analyze(pruned, None, example_kwargs=batch) for level, pruned in known.items()}
+    least, most = timings[levels[-1]].totals().us / 1e3, timings[levels[0]].totals().dense_us / 1e3
     rows = []
-    for share in (0.5,) if options.quick else (0.2, 0.5, 0.8):
-        wanted = least + share * (first.dense_us / 1e3 - least)
+    with fresh_cache():
+        again = sparsec.analyze(known[levels[0]], None, example_kwargs=batch)  # for layers that stay dense
+    for share in (0.5,) if options.quick else (0.4, 0.7):
+        wanted = least + share * (most - least)
         method = Magnitude(Sensitivity(wanted, "ms", timings=timings))
         pruned = sparsec.sparsify(dense, method, where=LAYERS)
-        with tempfile.TemporaryDirectory() as fresh:  # nothing that was timed before is known to this compile
-            before, os.environ["SPARSEC_CACHE_DIR"] = os.environ.get("SPARSEC_CACHE_DIR"), fresh
+        with fresh_cache():
             compiled = sparsec.compile(pruned, example_kwargs=batch)
-            os.environ.pop("SPARSEC_CACHE_DIR")
-            if before is not None:
-                os.environ["SPARSEC_CACHE_DIR"] = before
-        spent = sparsec.report(compiled).totals().us / 1e3
+        found = [sparsec.report(compiled).row(r["site"]) for r in pruned._sparsec_report]
+        spent = sum(again.row(r.site).dense_us if r.us is None else r.us for r in found) / 1e3
         times = interleave({"dense": lambda: dense(**batch), "sparse": lambda c=compiled: c(**batch)}, options.rounds)
         chosen = sorted({round(1 - r["density"], 2) for r in pruned._sparsec_report})
         ms = {name: 1e3 * t.median for name, t in times.items()}
@@ -158,15 +173,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--quick", action="store_true", help="a row or two of each, to see that it works")
+    parser.add_argument("--methods", choices=METHODS, nargs="+", help="minilm: these alone")
+    parser.add_argument("--targets", choices=TARGETS, nargs="+", default=list(TARGETS), help="minilm: these alone")
     parser.add_argument("--layers", type=int, default=2, help="memory: layers that are built; two are pruned")
-    parser.add_argument("--sequences", type=int, default=32, help="memory: calibration sequences of 512 tokens")
+    parser.add_argument("--sequences", type=int, default=8, help="memory: calibration sequences of 512 tokens")
     parser.add_argument("--shape", type=int, nargs=2, default=(8, 128), help="budget: batch and length")
     parser.add_argument("--rounds", type=int, default=15, help="budget: rounds of timing")
+    parser.add_argument("--no-wait", action="store_true", help="do not wait until other benchmarks have ended")
     parser.add_argument("--json", help="also write the rows here")
     options = parser.parse_args()
     print(f"{headline()}, fp32")
-    with exclusive():
-        if not options.quick and not idle():
+    alone = options.part == "budget" and not options.no_wait  # the other parts run for minutes
+    with exclusive() if alone else contextlib.nullcontext():
+        if not options.quick and not idle(patience_s=1 if options.no_wait else 20):
             print("the machine is busy: times mean little")
         rows = PARTS[options.part](options)
     write_json(options.json, f"pruning-{options.part}", rows)

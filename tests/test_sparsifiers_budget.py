@@ -78,11 +78,12 @@ def test_the_choice_is_the_same_every_time_and_the_best_of_all() -> None:
 
 def test_a_compiled_model_takes_what_was_budgeted() -> None:
     """The whole way, analyze, choose, prune, compile, on the cost model's milliseconds, which never vary."""
-    model, x = chain(6, 256), torch.randn(16, 256)
-    timings = {s: sparsec.analyze(sparsify(model, Magnitude(s)), None, x, tune="model") for s in LEVELS}
+    model, x = chain(8, 256), torch.randn(16, 256)
+    levels = (0.5, 0.7, 0.95)
+    timings = {s: sparsec.analyze(sparsify(model, Magnitude(s)), None, x, tune="model") for s in levels}
     least, most = (t.totals().us / 1e3 for t in (timings[0.95], timings[0.5]))
     assert least < 0.5 * most
-    for share in (0.1, 0.4, 0.8):
+    for share in (0.3, 0.8):
         budget = least + share * (most - least)
         pruned = sparsify(model, Magnitude(Sensitivity(budget, "ms", timings=timings)))
         compiled = sparsec.compile(pruned, None, x, tune="model")

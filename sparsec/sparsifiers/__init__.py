@@ -9,6 +9,7 @@ from sparsec.sparsifiers.calibration import calibrate, calibrate_graph
 from sparsec.sparsifiers.experts import ExpertLoad, expert_load
 from sparsec.sparsifiers.gradual import Fairness, Gradual, SparseUpdate
 from sparsec.sparsifiers.granularity import Block, Element, FanIn, Filter, GroupedNM, GroupsOf, Kernel
+from sparsec.sparsifiers.hesso import Hesso
 from sparsec.sparsifiers.net_trim import NetTrim
 from sparsec.sparsifiers.parts import Apply, Hard, Problem, Solution, Sparsifier
 from sparsec.sparsifiers.pruning import sparsify
@@ -21,6 +22,7 @@ from sparsec.sparsifiers.selectors import GroupEnvelope, Sample, Threshold, TopK
 from sparsec.sparsifiers.shrinkage import SoftShrink
 from sparsec.sparsifiers.stats import Stats
 from sparsec.sparsifiers.structure import Group, co_permute, dependency_groups, shrink
+from sparsec.sparsifiers.structured import Structured
 
 __all__ = [
     "ER",
@@ -47,6 +49,7 @@ __all__ = [
     "GroupedNM",
     "GroupsOf",
     "Hard",
+    "Hesso",
     "Kernel",
     "Linear",
     "Magnitude",
@@ -65,6 +68,7 @@ __all__ = [
     "SparseUpdate",
     "Sparsifier",
     "Stats",
+    "Structured",
     "Threshold",
     "TopK",
     "Wanda",

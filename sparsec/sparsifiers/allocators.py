@@ -137,8 +137,10 @@ class Sensitivity(Allocator):
     pixels, 1 by default), or measured milliseconds. For "ms", `timings` maps each sparsity level to the Report that
     `sparsec.analyze` gave for the model pruned to it; the level 0 is the dense time of any of them, and a module that
     is used several times costs all its uses. What the budget bounds is `report(compiled).totals().us`: the layers, not
-    what the model does besides. A layer's loss at a level is the share of its scores that falls below the level's threshold. Solved by dynamic programming on costs
-    rounded up to 1/2000 of the budget, so the budget is kept.
+    what the model does besides.
+
+    A layer's loss at a level is the share of its scores that falls below the level's threshold. Solved by dynamic
+    programming on costs rounded up to 1/2000 of the budget, so the budget is kept.
 
     Raises SpecError when even the sparsest levels exceed the budget.
     """

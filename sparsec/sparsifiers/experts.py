@@ -56,7 +56,7 @@ class Routers(TorchDispatchMode):
     def __init__(
         self, model: nn.Module, padding: Callable[[], torch.Tensor | None], is_open: Callable[[], bool] = lambda: True
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.padding = padding
         self.is_open = is_open
         self.counts: dict[str, torch.Tensor] = {}
@@ -74,11 +74,11 @@ class Routers(TorchDispatchMode):
             if experts:
                 self._handles.append(module.register_forward_pre_hook(self._before(name or "<root>", experts)))
                 self._handles.append(module.register_forward_hook(self._after(name or "<root>", experts)))
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

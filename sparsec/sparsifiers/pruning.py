@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from sparsec.sparsifiers.jobs import run_jobs
 from sparsec.sparsifiers.layers import Layer, Where, find_layers
 from sparsec.sparsifiers.parts import Problem, Solution, Sparsifier, zero_entries
 from sparsec.sparsifiers.stats import Stats
+
+if TYPE_CHECKING:
+    from sparsec.sparsifiers.structured import Structured
 
 RECORD = "_sparsec_report"
 """Attribute of a pruned model: its report rows as plain dicts, so that it can be pickled anywhere."""
@@ -91,6 +94,11 @@ class _Work:
         self.rows: dict[str, dict[str, Any]] = {}
 
     def run(self, layers: Sequence[Layer]) -> None:
+        from sparsec.sparsifiers.structured import Structured
+
+        if isinstance(self.sparsifier, Structured):
+            self.structured(self.sparsifier, layers)
+            return
         if self.calibration is None:
             self.prune(layers, {x.site: None for x in layers}, self.sparsifier.zeros(layers))
             return
@@ -113,13 +121,32 @@ class _Work:
                 return
             if mode == "blocks":
                 raise SpecError(f"Calibration(mode='blocks'): {reason}; use mode='whole'")
-        watch = Watch(self.model, layers, needs, self.calibration)
-        with quiet(self.model), watch:
-            watch.run(self.calibration.batches())
-        stats = watch.finish()
+        stats = self.watched(layers, self.calibration)
         ran = [x for x in layers if stats[x.site] is not None]
         known = dict(zip((x.site for x in ran), self.sparsifier.zeros(ran, stats)))
         self.prune(layers, stats, [known.get(x.site, 0) for x in layers])
+
+    def watched(self, layers: Sequence[Layer], calibration: Calibration) -> dict[str, Stats | None]:
+        """The statistics of one pass through the unpruned model."""
+        watch = Watch(self.model, layers, self.sparsifier.needs, calibration)
+        with quiet(self.model), watch:
+            watch.run(calibration.batches())
+        return watch.finish()
+
+    def structured(self, sparsifier: Structured, layers: Sequence[Layer]) -> None:
+        """Whole units of dependency groups: they cross layers, so they are chosen for all at once."""
+        sparsifier.check(self.model)
+        stats = {} if self.calibration is None else self.watched(layers, self.calibration)
+        before = {x.site: x.weight.detach().clone() for x in layers}
+        sparsifier.zero(self.model, sparsifier.choose(layers, stats))
+        for layer in layers:
+            if self.calibration is not None and stats[layer.site] is None:
+                self.rows[layer.site] = _row(layer, codes.NEVER_CALLED, codes.sentence(codes.NEVER_CALLED), 0.0)
+                continue
+            old = before[layer.site].double()
+            error = float((layer.weight.detach().double() - old).norm() / old.norm().clamp(min=1e-300))
+            reason = codes.sentence(codes.PRUNED, sparsifier=repr(sparsifier))
+            self.rows[layer.site] = _row(layer, codes.PRUNED, reason, error)
 
     def prune(self, layers: Sequence[Layer], stats: Mapping[str, Stats | None], zeros: Sequence[int]) -> None:
         """Solve the jobs of some layers and write their weights."""

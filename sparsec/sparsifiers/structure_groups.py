@@ -122,6 +122,11 @@ class Group:
         count = min(count, self.size - 1)
         return self.select(torch.sort(scores, stable=True).indices[:count].tolist())
 
+    def empty(self, model: nn.Module) -> Group:
+        """This group with the units chosen that are zero throughout in `model`, whatever made them so; one stays."""
+        zeros = (self.gather(model) == 0).all(1).nonzero()[:, 0].tolist()
+        return self.select(zeros[: self.size - 1])
+
     def gather(self, model: nn.Module | None = None) -> torch.Tensor:
         """Every parameter entry of each unit, as a float64 matrix (units, entries); buffers are left out."""
         source = model if model is not None else self.origin.model if self.origin is not None else None
