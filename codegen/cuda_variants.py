@@ -42,6 +42,14 @@ def whole_tiles(problem: Problem, fmt: Format, target: Target) -> str | None:
     return None
 
 
+def permuted_tiles(problem: Problem, fmt: Format, target: Target) -> str | None:
+    """Rows go back to their places as they are stored; inputs are copied in the order they have."""
+    inner, fields = fmt.fields()["format"], fmt.fields()
+    if inner.name != "bsr" or fields["col_order"]:
+        return f"it reads BSR with reordered rows, not {fmt.text()}"
+    return whole_tiles(problem, inner, target)
+
+
 def whole_blocks(problem: Problem, fmt: Format, target: Target) -> str | None:
     """Row-split BSR: no block reaches over the last input."""
     if problem.in_features % fmt.fields()["c"]:
@@ -93,6 +101,10 @@ VARIANTS: tuple[Variant, ...] = (
     Variant(
         "linear_bsr_mma", "linear", "bsr", "linear_bsr.cu.jinja", "cuda", TENSOR, _ARCH,
         choose=tensor, needs=whole_tiles,
+    ),
+    Variant(
+        "linear_permuted_bsr_mma", "linear", "permuted", "linear_bsr.cu.jinja", "cuda", TENSOR, _ARCH,
+        choose=tensor, needs=permuted_tiles,
     ),
     Variant(
         "linear_bsr_rows", "linear", "bsr", "linear_bsr_rows.cu.jinja", "cuda", ALL, _ARCH,

@@ -17,7 +17,7 @@ from sparsec.errors import SpecError
 from sparsec.factors import Factor
 from sparsec.formats import Dense, Format
 from sparsec.graph import Fact, get_constant
-from sparsec.passes import _prepacked, _product
+from sparsec.passes import _prepacked, _product, _reorder
 from sparsec.report import Row
 from sparsec.spec import Auto
 
@@ -97,6 +97,9 @@ def propose(gm: fx.GraphModule, node: fx.Node, fact: Fact, ctx: Context) -> Prop
                 return Proposal(node, fact, problem, found)
             return _stay(Proposal(node, fact, problem), ctx, codes.TOO_DENSE, density=fact.density)
         formats = _auto_formats(fact, problem, ctx)
+        if not any(structure.kind in _STRUCTURED for structure in fact.structures):
+            weight = get_constant(gm, fact.weight).detach().reshape(rows, cols)
+            formats += _reorder.formats(weight, problem, ctx)
     else:
         weight = get_constant(gm, fact.weight).reshape(rows, cols)
         refusal = wanted.refuse(weight)
@@ -135,10 +138,17 @@ def _auto_formats(fact: Fact, problem: Problem, ctx: Context) -> list[Format]:
     found: list[Format] = []
     for structure in fact.structures:
         name = _STRUCTURED.get(structure.kind)
-        if name:
+        if structure.kind == "nm" and ctx.target.kind == "cuda" and _two_of_four(*structure.params):
+            found.append(FORMATS["two_four"]())
+        elif name:
             found.append(FORMATS[name](*structure.params))
     suited = [name for name in _UNSTRUCTURED if _suits(name, problem, ctx)]
     return found + [FORMATS[name]() for name in suited or _UNSTRUCTURED]
+
+
+def _two_of_four(n: int, m: int) -> bool:
+    """Whether n of m is also 2 of 4, which sparse tensor cores multiply."""
+    return 4 % m == 0 and n * (4 // m) <= 2
 
 
 def _suits(name: str, problem: Problem, ctx: Context) -> bool:

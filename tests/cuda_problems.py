@@ -13,7 +13,7 @@ from cuda_emulation import Emulated
 from sparsec import verify
 from sparsec.codegen import catalog
 from sparsec.codegen.kernel import DTYPES, KernelSpec, Problem, Step
-from sparsec.formats import BSR, CSR, Bitmask, FanIn, Format, GroupInt4, SpQR, TiledCSL, TwoFour
+from sparsec.formats import BSR, CSR, Bitmask, FanIn, Format, GroupInt4, Permuted, SpQR, TiledCSL, TwoFour
 from sparsec.target import Target
 
 FORMATS: dict[str, Format] = {
@@ -27,6 +27,7 @@ FORMATS: dict[str, Format] = {
     "linear_fan_in_cuda": FanIn(9),
     "linear_bsr_mma": BSR(16, 16),
     "linear_bsr_rows": BSR(4, 2),
+    "linear_permuted_bsr_mma": Permuted(BSR(16, 16)),
 }
 # (outputs, inputs): first one that is odd in every way, then one whose rows of x can be copied 16 bytes at a time.
 SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
@@ -40,6 +41,7 @@ SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
     "linear_fan_in_cuda": ((70, 51), (33, 160)),
     "linear_bsr_mma": ((70, 51), (33, 160)),
     "linear_bsr_rows": ((71, 50), (33, 160)),
+    "linear_permuted_bsr_mma": ((70, 51), (33, 160)),
 }
 STEPS: tuple[tuple[Step, ...], ...] = (
     (Step("gelu"),),
