@@ -123,7 +123,12 @@ class FactorTrial(Trial):
             self._gram = rows.t() @ rows
         choice, row = super().decide(proposal, x, residual, batches)
         self._fits.clear()
-        return choice, _factored(proposal, row) if isinstance(choice, Choice) else row
+        if isinstance(choice, Choice):
+            return choice, _factored(proposal, row)
+        for fmt in dict.fromkeys(c.format for c in proposal.candidates):
+            if isinstance(fmt, Factored):
+                row = dataclasses.replace(row, reason=row.reason.replace(fmt.text(), fmt.factor.text()))
+        return choice, row
 
     def pack(self, proposal: Proposal, fmt: Format) -> Buffers:
         key = (proposal.fact.weight, fmt)
