@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsec import testing, testing_kernels, testing_totals
+from sparsec import testing, testing_kernels, testing_peers, testing_totals
 from sparsec.codegen.build import build_kernels
 from sparsec.codegen.kernel import KernelSpec, Step
 from sparsec.formats import CSR, Format
@@ -195,3 +196,29 @@ def test_special_values_are_not_tame() -> None:
     ran = testing.trial(case, dataclasses.replace(PLAIN, values="special"), spec.text())
     assert not ran.tame and not torch.isfinite(ran.x).all()
     assert RELATIONS["scaled input"](ran) is None
+
+
+# Other libraries, under the same oracle
+
+
+def test_peers_are_judged_by_the_same_oracle() -> None:
+    counts, failures = testing_peers.block(1, 0, count=12)
+    assert failures == [] and counts["problems"] == 12
+    for name, outcomes in counts["peers"].items():
+        assert sum(outcomes.values()) >= 12 and outcomes.get("right", 0) + outcomes.get("refused", 0) > 0, name
+
+
+def test_a_peer_that_lies_refuses_or_dies_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    peers = {
+        "liar": lambda weight, x: x @ weight.t() + 1,
+        "refuser": refuse,
+        "corpse": lambda weight, x: os._exit(1),
+        "honest": lambda weight, x: torch.nan_to_num(x.double() @ weight.double().t()).to(x.dtype),
+    }
+    monkeypatch.setattr(testing_peers, "PEERS", peers)
+    found = testing_peers.block(2, 0, count=6)[0]["peers"]
+    assert found["liar"]["wrong"] >= 4 and found["refuser"] == {"refused": 6}
+    assert found["corpse"] == {"crashed": 1} and found["honest"]["right"] >= 3

@@ -39,6 +39,7 @@ MAY_ALSO: dict[str, tuple[set[str], str]] = {
     "testing": ({"formats", "codegen", "ops", "testing_relations"}, "problems and oracles for tests and benchmarks"),
     "testing_relations": ({"formats", "ops"}, "runs kernels through their op"),
     "testing_kernels": ({"testing", "formats", "codegen"}, "draws kernels of every variant and builds them"),
+    "testing_peers": ({"testing", "formats"}, "runs the same problems on other libraries"),
     "spec": ({"factors"}, "factors are values of a spec"),
     "formats._base": ({"factors"}, "a + b builds a Sum"),
     "masks": ({"ops"}, "puts its op into modules"),
