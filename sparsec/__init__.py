@@ -63,13 +63,36 @@ from sparsec.spec import Auto, Spec
 
 if TYPE_CHECKING:
     from sparsec.algebra import plan
-    from sparsec.factors import Factor, Kronecker, LowRank, Monarch, Sparse, Sum
+    from sparsec.factors import (
+        CP,
+        BlockDiagonal,
+        BlockTerm,
+        Butterfly,
+        Circulant,
+        Dictionary,
+        Factor,
+        Kronecker,
+        LowRank,
+        Monarch,
+        Separable,
+        Sparse,
+        SparseProduct,
+        Sum,
+        TensorNetwork,
+        TensorRing,
+        TensorTrain,
+        Tucker,
+    )  # fmt: skip
     from sparsec.masks import mask_outputs
     from sparsec.sparsifiers import sparsify
     from sparsec.sparsifiers.structure import co_permute, dependency_groups, shrink
 
 __version__ = "0.1.0"
 
+_FACTORS = (
+    "BlockDiagonal", "BlockTerm", "Butterfly", "CP", "Circulant", "Dictionary", "Factor", "Kronecker", "LowRank",
+    "Monarch", "Separable", "Sparse", "SparseProduct", "Sum", "TensorNetwork", "TensorRing", "TensorTrain", "Tucker",
+)  # fmt: skip
 _LAZY = {  # what a user who only compiles or loads never needs: a third of the time to import
     "sparsify": "sparsec.sparsifiers",
     "plan": "sparsec.algebra",
@@ -77,7 +100,7 @@ _LAZY = {  # what a user who only compiles or loads never needs: a third of the 
     "dependency_groups": "sparsec.sparsifiers.structure",
     "mask_outputs": "sparsec.masks",
     "shrink": "sparsec.sparsifiers.structure",
-    **dict.fromkeys(("Factor", "Kronecker", "LowRank", "Monarch", "Sparse", "Sum"), "sparsec.factors"),
+    **dict.fromkeys(_FACTORS, "sparsec.factors"),
 }
 
 
@@ -91,20 +114,26 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "BSR",
+    "CP",
     "CSR",
     "DEFAULT",
     "NM",
+    "NMG",
     "SELL",
     "Auto",
-    "NMG",
     "Backend",
     "Bitmask",
+    "BlockDiagonal",
+    "BlockNM",
+    "BlockTerm",
+    "Butterfly",
     "CSRGroups",
     "CaptureError",
-    "BlockNM",
+    "Circulant",
     "Dense",
     "DependencyError",
     "DeviceError",
+    "Dictionary",
     "Factor",
     "FanIn",
     "Format",
@@ -117,17 +146,23 @@ __all__ = [
     "Monarch",
     "Pass",
     "PassError",
+    "Permuted",
     "Quantized",
     "Report",
-    "Permuted",
+    "Separable",
     "SpQR",
     "Sparse",
+    "SparseProduct",
     "SparsecError",
     "Spec",
     "SpecError",
     "Sum",
+    "TensorNetwork",
+    "TensorRing",
+    "TensorTrain",
     "TiledCSL",
     "ToolchainError",
+    "Tucker",
     "TwoFour",
     "Variant",
     "VerifyError",

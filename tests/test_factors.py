@@ -2,19 +2,44 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from factor_tools import BATTERY, FULL, case, gram, nbytes, weight
+from factor_tools import BATTERY, FULL, case, fitted, gram, nbytes, weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import sparsec
-from sparsec.errors import FormatError, InputError, SpecError
-from sparsec.factors import Factor, Kronecker, LowRank, Monarch, Sparse, Sum, factor_class, parse, register_factor
 from sparsec import formats
+from sparsec.errors import FormatError, InputError, SpecError
+from sparsec.factors import (
+    CP,
+    BlockDiagonal,
+    BlockTerm,
+    Butterfly,
+    Circulant,
+    Dictionary,
+    Factor,
+    Kronecker,
+    LowRank,
+    Monarch,
+    Separable,
+    Sparse,
+    SparseProduct,
+    Sum,
+    TensorRing,
+    TensorTrain,
+    Tucker,
+    factor_class,
+    parse,
+    register_factor,
+)  # fmt: skip
 from sparsec.factors._base import relative_error
 from sparsec.formats import BSR, CSR, NM, FanIn
+
+ITERATIVE = (Sum, CP, BlockTerm, TensorRing, SparseProduct, Dictionary)
 
 battery = pytest.mark.parametrize(("factor", "shape"), BATTERY, ids=map(case, BATTERY))
 
@@ -22,7 +47,7 @@ battery = pytest.mark.parametrize(("factor", "shape"), BATTERY, ids=map(case, BA
 @battery
 def test_contract_equals_reconstruct(factor, shape):
     dense = weight(shape)
-    fit = factor.fit(dense)
+    fit = fitted(factor, shape)
     built = factor.reconstruct(fit.buffers, shape)
     x = weight((2, 3, dense[0].numel()), seed=2)
     got = factor.apply(x, fit.buffers, shape)
@@ -34,7 +59,7 @@ def test_contract_equals_reconstruct(factor, shape):
 def test_the_einsum_is_the_product(factor, shape):
     """What planners and kernels read: one einsum a term, over the dense operands."""
     dense = weight(shape)
-    buffers = factor.fit(dense).buffers
+    buffers = fitted(factor, shape).buffers
     x = weight((3, dense[0].numel()), seed=2)
     total = torch.zeros(3, shape[0], dtype=torch.float64)
     for c in factor.resolve(shape).contract(shape):
@@ -49,7 +74,7 @@ def test_the_einsum_is_the_product(factor, shape):
 def test_error_is_that_of_the_stored_buffers(factor, shape, whitened):
     dense = weight(shape, torch.float32)
     g = gram(dense[0].numel()) if whitened else None
-    fit = factor.fit(dense, g)
+    fit = fitted(factor, shape, whitened, torch.float32)
     factor.validate(fit.buffers, shape)
     values = [t for t in fit.buffers.values() if t.is_floating_point()]
     assert values and all(t.dtype == torch.float32 for t in values)
@@ -68,25 +93,29 @@ def test_error_is_that_of_the_stored_buffers(factor, shape, whitened):
 def test_whitening_lowers_the_error_on_the_inputs(factor, shape):
     dense = weight(shape)
     g = gram(dense[0].numel())
-    plain = factor.fit(dense)
+    plain = fitted(factor, shape)
     on_inputs = relative_error(dense, factor.reconstruct(plain.buffers, shape), g)
-    assert factor.fit(dense, g).error <= on_inputs * (1 + 1e-9)
+    assert fitted(factor, shape, True).error <= on_inputs * (1 + 1e-9) + 1e-12
 
 
 @battery
 def test_bytes_and_flops_are_counted(factor, shape):
     dense = weight(shape, torch.float32)
     chosen = factor.resolve(shape)
-    buffers = chosen.fit(dense).buffers
+    buffers = fitted(factor, shape, False, torch.float32).buffers
     assert factor.nbytes(shape, 4) == nbytes(buffers)
     assert chosen.shapes(shape) == {k: tuple(t.shape) for k, t in buffers.items()}
-    sparse_terms = [t for t in (factor.terms if isinstance(factor, Sum) else (factor,)) if isinstance(t, Sparse)]
+    if isinstance(factor, Circulant):
+        return  # transforms are not in torch's counter: test_circulant counts them
     x = torch.zeros(5, dense[0].numel())
     with FlopCounterMode(display=False) as counter:
         chosen.apply(x, buffers, shape)
     # torch multiplies a sparse operand as dense; the formula counts its stored values alone
-    padding = sum(2 * 5 * (dense.numel() - t.stored(shape)) for t in sparse_terms)
-    assert counter.get_total_flops() - padding == factor.flops(shape, 5)
+    pure = [(c, s) for c in chosen.contract(shape) for s in c.steps() if set(s[0] + s[1]) == set(s[2])]
+    unsummed = sum(5 * math.prod(c.sizes[a] for a in set(s[2]) - {"z"}) for c, s in pure)  # torch counts sums only
+    operands = [o for c in chosen.contract(shape) for o in c.operands if o.format is not None]
+    padding = sum(2 * 5 * (o.shape[0] * o.shape[1] - o.stored) for o in operands)
+    assert counter.get_total_flops() - padding + unsummed == factor.flops(shape, 5)
 
 
 @battery
@@ -107,16 +136,16 @@ def test_full_rank_reproduces_the_weight(factor, shape, whitened):
 
 @battery
 def test_a_planted_weight_is_found_again(factor, shape):
-    """Round trip: dense from buffers, buffers from dense."""
-    if isinstance(factor, Sum):
-        pytest.skip("sums are not unique")
-    built = factor.reconstruct(factor.fit(weight(shape)).buffers, shape)
-    assert factor.fit(built).error < 1e-12
+    """Round trip: dense from buffers, buffers from dense. Exact where the fit is; iterations may stop at a near one."""
+    fit = fitted(factor, shape)
+    again = factor.fit(factor.reconstruct(fit.buffers, shape)).error
+    iterative = isinstance(factor, ITERATIVE) or (isinstance(factor, Separable) and len(shape) > 4)
+    assert again < (0.9 * fit.error if iterative else 1e-12)
 
 
 @battery
 def test_buffers_are_validated(factor, shape):
-    buffers = factor.fit(weight(shape)).buffers
+    buffers = fitted(factor, shape).buffers
     first = next(iter(buffers))
     with pytest.raises(FormatError, match="expected"):
         factor.validate({**buffers, "extra": buffers[first]}, shape)
@@ -158,6 +187,29 @@ def test_low_rank_is_optimal_on_any_shape(out, width, seed, data):
     assert LowRank(rank).fit(dense).error == pytest.approx(expected, abs=1e-12)
 
 
+def test_circulant():
+    shape, b = (12, 18), 6
+    columns = weight((2, 3, b))
+    factor = Circulant(b)
+    dense = factor.reconstruct({"columns": columns}, shape)
+    import scipy.linalg
+
+    for p in range(2):
+        for q in range(3):
+            block = torch.from_numpy(scipy.linalg.circulant(columns[p, q].numpy()))
+            assert torch.equal(dense[p * b : (p + 1) * b, q * b : (q + 1) * b], block)
+    torch.testing.assert_close(factor.fit(dense).buffers["columns"], columns)
+    with FlopCounterMode(display=False) as counter:
+        factor.apply(torch.zeros(5, 18), {"columns": columns.float()}, shape)
+    transforms = 5 * (2 + 3) * 2.5 * b * math.log2(b)
+    # torch counts a complex product and its sum as two
+    assert factor.flops(shape, 5) == 4 * counter.get_total_flops() + 5 * round(transforms / 5)
+    complex_columns = torch.complex(columns, weight((2, 3, b), seed=4))
+    x = torch.complex(weight((4, 18)), weight((4, 18), seed=5))
+    built = factor.reconstruct({"columns": complex_columns}, shape)
+    torch.testing.assert_close(factor.apply(x, {"columns": complex_columns}, shape), x @ built.T)
+
+
 # Slices --------------------------------------------------------------------------------------------------------------
 
 
@@ -196,6 +248,26 @@ REFUSED = [
     (Kronecker((4, 6), terms=25), (24, 36), "terms=25 is more than the 24"),
     (LowRank(2) + Monarch(5), (24, 36), "monarch.*5 blocks"),
     (Sparse(format=FanIn(12)), (7, 11), "k=12 is more than its 11 columns"),
+    (BlockDiagonal(5), (24, 36), "24 outputs do not divide into 5 blocks"),
+    (Butterfly((2, 2), (2, 4)), (4, 9), "9 inputs are not the product"),
+    (SparseProduct((3, 9), inner=8), (24, 36), "factor 2 has 8 columns"),
+    (CP(145), (24, 36), "rank=145 is more than the 144"),
+    (CP(2, outs=(5, 5)), (24, 36), "24 outputs are not the product"),
+    (CP(2), (2, 2, 2, 2, 2, 2), "more than 3 window"),
+    (Tucker((7,)), (24, 36), r"ranks\[0\]=7 is more than the 6"),
+    (Tucker((1, 1, 1, 1, 1)), (24, 36), "5 ranks for 4 modes"),
+    (BlockTerm(2, (7,)), (24, 36), "ranks"),
+    (TensorTrain((2, 2)), (24, 36), "2 ranks for 3 bonds"),
+    (TensorTrain((7, 2, 2)), (24, 36), r"ranks\[0\]=7 is more than the 6"),
+    (TensorTrain(2, paired=True), (6, 4, 3, 3), "for matrices"),
+    (TensorTrain(2, outs=(24,), paired=True), (24, 36), "as many outs"),
+    (TensorTrain(2, outs=(24,), ins=(36,), paired=True), (24, 36), "no bond"),
+    (TensorRing((2, 2)), (24, 36), "2 ranks for a ring of 4"),
+    (TensorRing((7, 2, 2, 2)), (24, 36), r"ranks\[0\]=7"),
+    (Separable(1), (24, 36), "no one-way filters"),
+    (Separable(4), (6, 4, 3, 3), "terms=4 is more than the 3"),
+    (Circulant(5), (24, 36), "24 outputs do not divide into blocks of 5"),
+    (Dictionary(4, 5), (24, 36), "nonzeros=5 is more than the 4 atoms"),
 ]
 
 
@@ -219,6 +291,23 @@ def test_shapes_are_refused_with_a_reason(factor, shape, words):
         (lambda: Monarch(4, -1), "rank=-1"),
         (lambda: Kronecker(4), "pair"),
         (lambda: Kronecker((4, 0)), "in1=0"),
+        (lambda: BlockDiagonal(0), "blocks=0"),
+        (lambda: Butterfly((2, 2)), "both outs and ins"),
+        (lambda: Butterfly((2, 2), (2,)), "2 outs and 1 ins"),
+        (lambda: Butterfly(4, 4), "tuple of radices"),
+        (lambda: SparseProduct((2,)), "at least two"),
+        (lambda: SparseProduct((2, 0)), "nonzeros\\[1\\]=0"),
+        (lambda: SparseProduct((2, 2), inner=0), "inner=0"),
+        (lambda: CP(0), "rank=0"),
+        (lambda: CP(2, outs=()), "outs=\\(\\)"),
+        (lambda: Tucker(()), "empty"),
+        (lambda: Tucker("4"), "ranks='4'"),
+        (lambda: BlockTerm(0, 2), "terms=0"),
+        (lambda: TensorTrain(2, paired=1), "True or False"),
+        (lambda: TensorRing(0), "ranks=0"),
+        (lambda: Separable(0), "terms=0"),
+        (lambda: Circulant(0), "block=0"),
+        (lambda: Dictionary(0, 1), "atoms=0"),
         (lambda: Sparse(), "how much it keeps"),
         (lambda: Sparse(1.0), "below 1"),
         (lambda: Sparse(-0.1), "below 1"),

@@ -12,17 +12,41 @@ from sparsec.factors._contraction import Contraction, Operand
 
 if TYPE_CHECKING:
     from sparsec.factors._text import parse
+    from sparsec.factors.block_diagonal import BlockDiagonal
+    from sparsec.factors.block_term import BlockTerm
+    from sparsec.factors.butterfly import Butterfly
+    from sparsec.factors.circulant import Circulant
+    from sparsec.factors.cp import CP
+    from sparsec.factors.dictionary import Dictionary
     from sparsec.factors.kronecker import Kronecker
     from sparsec.factors.low_rank import LowRank
     from sparsec.factors.monarch import Monarch
+    from sparsec.factors.separable import Separable
     from sparsec.factors.sparse import Sparse
+    from sparsec.factors.sparse_product import SparseProduct
     from sparsec.factors.sums import Sum
+    from sparsec.factors.tensor_network import TensorNetwork
+    from sparsec.factors.tensor_ring import TensorRing
+    from sparsec.factors.tensor_train import TensorTrain
+    from sparsec.factors.tucker import Tucker
 
 _BUILT_IN = {  # class -> its module, which is also its name in canonical text; loaded when first asked for
     "LowRank": "low_rank",
     "Monarch": "monarch",
     "Kronecker": "kronecker",
+    "BlockDiagonal": "block_diagonal",
+    "Butterfly": "butterfly",
+    "Tucker": "tucker",
+    "TensorTrain": "tensor_train",
+    "CP": "cp",
+    "TensorRing": "tensor_ring",
+    "BlockTerm": "block_term",
+    "Separable": "separable",
     "Sparse": "sparse",
+    "TensorNetwork": "tensor_network",
+    "Circulant": "circulant",
+    "Dictionary": "dictionary",
+    "SparseProduct": "sparse_product",
     "Sum": "sums",
 }
 _NAMES = {"sum" if module == "sums" else module: cls for cls, module in _BUILT_IN.items()}
@@ -64,16 +88,28 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "CP",
+    "BlockDiagonal",
+    "BlockTerm",
+    "Butterfly",
+    "Circulant",
     "Contraction",
+    "Dictionary",
     "Factor",
     "Fit",
     "Kronecker",
     "LowRank",
     "Monarch",
     "Operand",
+    "Separable",
     "Shape",
     "Sparse",
+    "SparseProduct",
     "Sum",
+    "TensorNetwork",
+    "TensorRing",
+    "TensorTrain",
+    "Tucker",
     "factor_class",
     "factor_names",
     "parse",

@@ -108,7 +108,7 @@ class Factor:
         return sum(terms[1:], terms[0]).reshape(*x.shape[:-1], shape[0])
 
     def flops(self, shape: Shape, batch: int) -> int:
-        """Floating point operations of `apply` on `batch` rows: two a product; adding up terms is not counted."""
+        """Floating point operations of `apply` on `batch` rows: two a product that is summed, one for others."""
         return sum(c.flops(batch) for c in self.resolve(shape).contract(shape))
 
     def nbytes(self, shape: Shape, itemsize: int) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
+from string import ascii_letters
 
 import torch
 
@@ -41,6 +43,7 @@ class Contraction:
 
     x (batch, in) is viewed as (batch, *x) and y (batch, *y) as (batch, out); `inputs` and `outputs` are their letters
     without the batch. The factor chose the order of the operands: left to right is how `apply` runs and `flops` counts.
+    `kernel` are the last letters of `inputs` where they run over the positions of a convolution's window.
     """
 
     inputs: str
@@ -48,6 +51,7 @@ class Contraction:
     x: tuple[int, ...]
     y: tuple[int, ...]
     operands: tuple[Operand, ...]
+    kernel: str = ""
 
     @property
     def equation(self) -> str:
@@ -85,23 +89,46 @@ class Contraction:
 
     def reconstruct(self, buffers: Buffers) -> torch.Tensor:
         """The dense (out, in) weight: the operands contracted with each other, x left out."""
-        letters = self.operands[0].letters
+        equations, letters, ends = _without_x(self)
         running = self.operands[0].dense(buffers)
-        ends = self.outputs + self.inputs
-        for at, operand in enumerate(self.operands[1:], 1):
-            needed = set(ends).union(*(o.letters for o in self.operands[at + 1 :]))
-            kept = "".join(c for c in dict.fromkeys(letters + operand.letters) if c in needed)
-            running = torch.einsum(f"{letters},{operand.letters}->{kept}", running, operand.dense(buffers))
-            letters = kept
-        return torch.einsum(f"{letters}->{ends}", running).reshape(prod(self.y), prod(self.x))
+        for operand, equation in zip(self.operands[1:], equations, strict=True):
+            running = torch.einsum(equation, running, operand.dense(buffers))
+        running = torch.einsum(f"{letters}->{ends}", running)
+        if shared := [c for c in self.inputs if c in self.outputs]:  # a block-diagonal weight: zero off the diagonal
+            running = self._spread(running, ends, shared)
+        return running.reshape(prod(self.y), prod(self.x))
+
+    def _spread(self, running: torch.Tensor, ends: str, shared: list[str]) -> torch.Tensor:
+        """(outputs, inputs) from a tensor that has the letters of both only once."""
+        sizes = self.sizes
+        fresh = dict(zip(shared, (c for c in ascii_letters if c not in ends), strict=False))
+        deltas = [torch.eye(sizes[c], dtype=running.dtype, device=running.device) for c in shared]
+        inputs = "".join(fresh.get(c, c) for c in self.inputs)
+        terms = ",".join([ends, *(c + fresh[c] for c in shared)])
+        return torch.einsum(f"{terms}->{self.outputs}{inputs}", running, *deltas)
 
     def flops(self, batch: int) -> int:
-        """Floating point operations of `apply`: two for every product of two numbers, as torch's counter has it."""
+        """Floating point operations of `apply`: two for every product that is summed, one for others."""
         sizes = {**self.sizes, BATCH: batch}
         total = 0
-        for operand, (left, right, _) in zip(self.operands, self.steps(), strict=True):
+        for operand, (left, right, result) in zip(self.operands, self.steps(), strict=True):
+            letters = set(left + right)
             if operand.format is None:
-                total += 2 * prod(sizes[c] for c in set(left + right))
+                total += (2 if letters - set(result) else 1) * prod(sizes[c] for c in letters)
             else:
                 total += 2 * operand.stored * prod(sizes[c] for c in set(left) - set(right))
         return total
+
+
+@lru_cache(maxsize=1024)
+def _without_x(c: Contraction) -> tuple[tuple[str, ...], str, str]:
+    """The einsums that multiply the operands, the letters they leave, and those that the weight has, outputs first."""
+    ends = c.outputs + "".join(a for a in c.inputs if a not in c.outputs)
+    letters = c.operands[0].letters
+    equations = []
+    for at, operand in enumerate(c.operands[1:], 1):
+        needed = set(ends).union(*(o.letters for o in c.operands[at + 1 :]))
+        kept = "".join(a for a in dict.fromkeys(letters + operand.letters) if a in needed)
+        equations.append(f"{letters},{operand.letters}->{kept}")
+        letters = kept
+    return tuple(equations), letters, ends

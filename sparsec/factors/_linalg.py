@@ -27,6 +27,19 @@ def truncated_svd(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.
     return u[..., :, :rank] * share[..., None, :], share[..., :, None] * vh[..., :rank, :]
 
 
+def split(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Orthonormal u (m, r) of leading left singular vectors and u^H matrix (r, n), r = min(rank, m, n)."""
+    m, n = matrix.shape
+    rank = min(rank, m, n)
+    if min(m, n) > _EXACT and rank * 8 <= min(m, n):
+        basis = _range(matrix, min(m, n, rank + max(16, rank // 2)))
+        u = basis @ torch.linalg.svd(basis.mH @ matrix, full_matrices=False).U[:, :rank]
+        return u, u.mH @ matrix
+    square = torch.linalg.qr(matrix.mH, mode="r").R.mH if n > 2 * m else matrix  # the same left vectors, fewer columns
+    u = torch.linalg.svd(square, full_matrices=False).U[:, :rank]
+    return u, u.mH @ matrix
+
+
 def _range(matrix: torch.Tensor, width: int) -> torch.Tensor:
     """Orthonormal columns that span nearly all of the leading part of `matrix`'s range."""
     generator = torch.Generator().manual_seed(_SEED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,15 +30,21 @@ def refine(
     The reconstruction R is linear in each buffer by itself, so each turn is a least squares problem, solved in part by
     `steps` conjugate gradient steps. `factor` is resolved; `weight` (out, in, ...) and the buffers are float64.
     """
-    shape = tuple(weight.shape)
+    terms = factor.contract(tuple(weight.shape))
+
+    def rebuild(buffers: Buffers) -> torch.Tensor:
+        parts = [c.reconstruct(buffers) for c in terms]
+        return sum(parts[1:], parts[0])
+
+    weight = weight.flatten(1)
     current = {name: t.detach().clone() for name, t in buffers.items()}
-    before = _squared(weight - factor.reconstruct(current, shape), gram)
+    before = _squared(weight - rebuild(current), gram)
     floor = torch.finfo(weight.dtype).eps ** 2 * float(_squared(weight, gram))
     for _ in range(sweeps):
         for name, tensor in current.items():
             if tensor.is_floating_point() or tensor.is_complex():
-                current[name] = _turn(factor, current, name, weight, gram, steps)
-        after = _squared(weight - factor.reconstruct(current, shape), gram)
+                current[name] = _turn(rebuild, current, name, weight, gram, steps)
+        after = _squared(weight - rebuild(current), gram)
         if before - after <= _STALLED * before or after <= floor:
             break
         before = after
@@ -45,18 +52,18 @@ def refine(
 
 
 def _turn(
-    factor: Factor, buffers: Buffers, name: str, weight: torch.Tensor, gram: torch.Tensor | None, steps: int
+    rebuild: Callable[[Buffers], torch.Tensor],
+    buffers: Buffers,
+    name: str,
+    weight: torch.Tensor,
+    gram: torch.Tensor | None,
+    steps: int,
 ) -> torch.Tensor:
     """The buffer `name` after some conjugate gradient steps, the others held."""
-    shape = tuple(weight.shape)
-
-    def rebuild(value: torch.Tensor) -> torch.Tensor:
-        return factor.reconstruct({**buffers, name: value}, shape)
-
     value = buffers[name]
     with torch.enable_grad():
         variable = value.detach().clone().requires_grad_(True)
-        built = rebuild(variable)
+        built = rebuild({**buffers, name: variable})
     residual = weight - built.detach()
     direction: torch.Tensor | None = None
     last = 0.0
@@ -68,7 +75,7 @@ def _turn(
             break
         direction = slope if direction is None else slope + (size / last) * direction
         last = size
-        moved = rebuild(direction)
+        moved = rebuild({**buffers, name: direction})
         curvature = _squared(moved, gram)
         if curvature <= 0.0:
             break
@@ -79,7 +86,7 @@ def _turn(
 
 
 def _times(tensor: torch.Tensor, gram: torch.Tensor | None) -> torch.Tensor:
-    return tensor if gram is None else (tensor.flatten(1) @ gram).reshape(tensor.shape)
+    return tensor if gram is None else tensor @ gram
 
 
 def _squared(tensor: torch.Tensor, gram: torch.Tensor | None) -> float:

@@ -11,6 +11,7 @@ from sparsec.errors import SpecError
 from sparsec.factors._base import Factor, Shape, matrix_shape, positive
 from sparsec.factors._contraction import Contraction, Operand
 from sparsec.factors._linalg import truncated_svd, whitening
+from sparsec.factors._modes import KERNEL_LETTERS
 from sparsec.formats import Buffers
 
 
@@ -32,6 +33,8 @@ class LowRank(Factor):
     def refuse(self, shape: Shape) -> str | None:
         if (reason := super().refuse(shape)) is not None:
             return reason
+        if len(shape) > 2 + len(KERNEL_LETTERS):
+            return f"{shape} has more than {len(KERNEL_LETTERS)} window dimensions"
         most = min(matrix_shape(shape))
         return f"rank={self.rank} is more than its full rank of {most}" if self.rank > most else None
 
@@ -40,10 +43,10 @@ class LowRank(Factor):
         return {"right": (self.rank, width), "left": (out, self.rank)}
 
     def contract(self, shape: Shape) -> tuple[Contraction, ...]:
-        out, width = matrix_shape(shape)
-        right = Operand(("right",), "ri", (self.rank, width))
-        left = Operand(("left",), "or", (out, self.rank))
-        return (Contraction("i", "o", (width,), (out,), (right, left)),)
+        kernel = KERNEL_LETTERS[: len(shape) - 2]
+        right = Operand(("right",), "ri" + kernel, (self.rank, *shape[1:]))
+        left = Operand(("left",), "or", (shape[0], self.rank))
+        return (Contraction("i" + kernel, "o", tuple(shape[1:]), (shape[0],), (right, left), kernel),)
 
     def solve(self, weight: torch.Tensor) -> Buffers:
         left, right = truncated_svd(weight.flatten(1), self.rank)

@@ -1,0 +1,239 @@
+"""Factored weights beyond the linear layer: convolutions, embedding tables, batched products, state dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from string import ascii_letters
+from typing import Any
+
+import torch
+
+from sparsec.errors import FormatError, InputError
+from sparsec.factors._base import Factor, Fit, Shape
+from sparsec.factors._contraction import BATCH, Contraction
+from sparsec.formats import Buffers
+
+
+@dataclass(frozen=True)
+class Window:
+    """Stride, padding and dilation of a convolution, one number a dimension."""
+
+    stride: Shape
+    padding: Shape
+    dilation: Shape
+
+    @classmethod
+    def of(cls, dims: int, stride: Any = 1, padding: Any = 0, dilation: Any = 1) -> Window:
+        """Numbers repeated for every dimension, as torch has it. Raises InputError for the wrong count."""
+        found = []
+        for name, value in (("stride", stride), ("padding", padding), ("dilation", dilation)):
+            full = (value,) * dims if isinstance(value, int) else tuple(value)
+            if len(full) != dims or any(type(v) is not int for v in full):
+                raise InputError(f"{name}={value!r} must be an int or {dims} of them")
+            found.append(full)
+        return cls(*found)
+
+    def output(self, size: int, kernel: int, dim: int) -> int:
+        """Positions along `dim` that an input of `size` leaves."""
+        span = self.dilation[dim] * (kernel - 1) + 1
+        return (size + 2 * self.padding[dim] - span) // self.stride[dim] + 1
+
+
+def convolve(
+    factor: Factor,
+    x: torch.Tensor,
+    buffers: Buffers,
+    shape: Shape,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+) -> torch.Tensor:
+    """x (batch, in, *size) convolved with the factored weight (out, in, *kernel), without forming the weight.
+
+    Window letters of the factor's einsum become small convolutions and the rest 1x1 ones, so a Tucker-2 weight is 1x1,
+    window, 1x1 and a CP weight 1x1, depthwise, 1x1. Factors that mix the window with channels (Monarch, Kronecker) are
+    reconstructed. Raises InputError for an x of another shape.
+    """
+    dims = len(shape) - 2
+    if dims < 1 or x.dim() != dims + 2 or x.shape[1] != shape[1]:
+        raise InputError(f"x has shape {tuple(x.shape)}, expected (batch, {shape[1]}, ...) for a {shape} weight")
+    window = Window.of(dims, stride, padding, dilation)
+    total: torch.Tensor | None = None
+    for c in factor.resolve(shape).contract(shape):
+        if _spatial(c, dims):
+            term = _convolve_by_steps(c, x, buffers, window)
+        else:
+            dense = c.reconstruct(buffers).reshape(shape)
+            term = _conv(dims)(x, dense, None, window.stride, window.padding, window.dilation)
+        total = term if total is None else total + term
+    return x.new_zeros(()) if total is None else total
+
+
+def conv_flops(
+    factor: Factor, shape: Shape, batch: int, size: Shape, stride: Any = 1, padding: Any = 0, dilation: Any = 1
+) -> int:
+    """Floating point operations of `convolve` on `batch` images of `size`: two a product."""
+    dims = len(shape) - 2
+    window = Window.of(dims, stride, padding, dilation)
+    total = 0
+    for c in factor.resolve(shape).contract(shape):
+        sizes = c.sizes
+        if not _spatial(c, dims):
+            places = prod(window.output(n, k, d) for d, (n, k) in enumerate(zip(size, shape[2:])))
+            total += 2 * batch * places * prod(shape)
+            continue
+        running = list(size)
+        for operand, (left, right, _) in zip(c.operands, c.steps(), strict=True):
+            for d, letter in enumerate(c.kernel):
+                if letter in right:
+                    running[d] = window.output(running[d], sizes[letter], d)
+            letters = (set(left) - set(c.kernel) - {BATCH}) | set(right)
+            stored = prod(sizes[letter] for letter in letters)
+            if operand.format is not None:
+                stored = operand.stored * prod(sizes[letter] for letter in letters - set(right))
+            total += 2 * batch * prod(running) * stored
+    return total
+
+
+def rows(factor: Factor, index: torch.Tensor, buffers: Buffers, shape: Shape) -> torch.Tensor:
+    """Rows of the weight (rows, width): index (...) of int64 gives (..., width), without forming the table.
+
+    An operand with digits of the row number is gathered at them, which leaves an einsum over the batch of indices.
+    Raises InputError for indices out of range.
+    """
+    flat = index.reshape(-1)
+    if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < shape[0]:
+        raise InputError(f"indices run from {int(flat.min())} to {int(flat.max())}; valid: 0 to {shape[0] - 1}")
+    total: torch.Tensor | None = None
+    for c in factor.resolve(shape).contract(shape):
+        term = _gathered(c, flat, buffers)
+        total = term if total is None else total + term
+    width = prod(shape[1:])
+    return (flat.new_zeros(0) if total is None else total).reshape(*index.shape, width)
+
+
+def fit_batch(factor: Factor, dense: torch.Tensor, gram: torch.Tensor | None = None) -> Fit:
+    """A factor for every matrix of `dense` (batch, out, in): buffers with a leading batch axis, one error for all.
+
+    `gram` (batch, in, in) or (in, in). Raises FormatError for anything but three dimensions.
+    """
+    if dense.dim() != 3:
+        raise FormatError(f"a batch of matrices is (batch, out, in), got {tuple(dense.shape)}")
+    grams = [None] * len(dense) if gram is None else (gram if gram.dim() == 3 else [gram] * len(dense))
+    fits = [factor.fit(w, g) for w, g in zip(dense, grams, strict=True)]
+    energy = [float(w.double().norm()) ** 2 for w in dense]
+    if gram is not None:
+        pairs = zip(dense.double(), grams, strict=True)
+        energy = [float(((w @ g.double()) * w).sum()) for w, g in pairs if g is not None]
+    whole = sum(energy)
+    error = (sum(f.error**2 * e for f, e in zip(fits, energy)) / whole) ** 0.5 if whole > 0 else 0.0
+    return Fit({k: torch.stack([f.buffers[k] for f in fits]) for k in fits[0].buffers}, error)
+
+
+def apply_batch(factor: Factor, x: torch.Tensor, buffers: Buffers, shape: Shape) -> torch.Tensor:
+    """x (batch, n, in) times the matrices (out, in) = `shape` behind the buffers of `fit_batch`: (batch, n, out)."""
+    own = [{k: t[at] for k, t in buffers.items()} for at in range(len(x))]
+    return torch.stack([factor.apply(part, b, shape) for part, b in zip(x, own, strict=True)])
+
+
+def to_factored(state: Mapping[str, torch.Tensor], factors: Mapping[str, Factor]) -> dict[str, torch.Tensor]:
+    """A state dict with the weights named in `factors` replaced by their buffers, as `name.buffer`; fits them."""
+    if missing := [name for name in factors if name not in state]:
+        raise InputError(f"the state dict has no weight {missing[0]!r}")
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        if name in factors:
+            found.update({f"{name}.{k}": t for k, t in factors[name].fit(tensor).buffers.items()})
+        else:
+            found[name] = tensor
+    return found
+
+
+def to_dense(
+    state: Mapping[str, torch.Tensor], factors: Mapping[str, Factor], shapes: Mapping[str, Shape]
+) -> dict[str, torch.Tensor]:
+    """The inverse of `to_factored`: reconstructions under the weights' own names, validated before."""
+    found = dict(state)
+    for name, factor in factors.items():
+        own = {k: found.pop(f"{name}.{k}") for k in factor.resolve(shapes[name]).shapes(shapes[name])}
+        factor.validate(own, shapes[name])
+        found[name] = factor.reconstruct(own, shapes[name])
+    return {k: found[k] for k in [*(k for k in state if k in found), *factors]}
+
+
+def _spatial(c: Contraction, dims: int) -> bool:
+    """Whether every window letter stands alone in one operand, so that the einsum can run over positions."""
+    holders = [sum(letter in o.letters for o in c.operands) for letter in c.kernel]
+    return len(c.kernel) == dims and all(n == 1 for n in holders)
+
+
+def _conv(dims: int) -> Any:
+    return (torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)[dims - 1]
+
+
+def _convolve_by_steps(c: Contraction, x: torch.Tensor, buffers: Buffers, window: Window) -> torch.Tensor:
+    """Each step of the einsum as a grouped convolution: shared letters are groups, window letters the kernel."""
+    dims = len(c.kernel)
+    sizes = c.sizes
+    channels = c.inputs.removesuffix(c.kernel)
+    space = x.shape[2:]
+    running = x.reshape(x.shape[0], *(sizes[letter] for letter in channels), *space)
+    letters = channels
+    for operand, (_, right, result) in zip(c.operands, c.steps(), strict=True):
+        groups = [a for a in letters if a in right and a in result]
+        summed = [a for a in letters if a in right and a not in result]
+        aside = [a for a in letters if a not in right]
+        new = [a for a in right if a not in letters and a not in c.kernel]
+        kernel = [sizes[k] if k in right else 1 for k in c.kernel]
+        order = [0, *(1 + letters.index(a) for a in (*aside, *groups, *summed))]
+        grid = running.permute(*order, *range(1 + len(letters), running.dim()))
+        g, s, n = (prod(sizes[a] for a in part) for part in (groups, summed, new))
+        grid = grid.reshape(-1, g * s, *running.shape[1 + len(letters) :])
+        wanted = "".join([*groups, *new, *summed, *(k for k in c.kernel if k in right)])
+        weight = torch.einsum(f"{right}->{wanted}", operand.dense(buffers)).reshape(g * n, s, *kernel)
+        own = [k in right for k in c.kernel]
+        stride, dilation = (
+            tuple(v if used else 1 for v, used in zip(t, own)) for t in (window.stride, window.dilation)
+        )
+        padding = tuple(v if used else 0 for v, used in zip(window.padding, own))
+        done = _conv(dims)(grid, weight, None, stride, padding, dilation, g)
+        letters = "".join([*aside, *groups, *new])
+        running = done.reshape(x.shape[0], *(sizes[a] for a in letters), *done.shape[2:])
+    order = [0, *(1 + letters.index(a) for a in c.outputs), *range(1 + len(letters), running.dim())]
+    return running.permute(order).reshape(x.shape[0], prod(c.y), *running.shape[1 + len(letters) :])
+
+
+def _gathered(c: Contraction, index: torch.Tensor, buffers: Buffers) -> torch.Tensor:
+    """Rows `index` (n,) of one term, (n, width)."""
+    digits = dict(zip(c.outputs, torch.unravel_index(index, c.y), strict=True))
+    terms, tensors = [], []
+    for operand in c.operands:
+        tensor, letters = operand.dense(buffers), operand.letters
+        held = [a for a in letters if a in digits]
+        if held:
+            order = [letters.index(a) for a in held] + [at for at, a in enumerate(letters) if a not in held]
+            tensor = tensor.permute(order)[tuple(digits[a] for a in held)]
+            letters = BATCH + "".join(a for a in letters if a not in held)
+        terms.append(letters)
+        tensors.append(tensor)
+    if shared := [a for a in c.inputs if a in digits]:  # block-diagonal: only the row's own block is not zero
+        fresh = dict(zip(shared, (a for a in ascii_letters if a not in "".join(terms) + c.inputs), strict=False))
+        for a in shared:
+            hot = torch.nn.functional.one_hot(digits[a], c.sizes[a]).to(tensors[0].dtype)
+            terms.append(BATCH + fresh[a])
+            tensors.append(hot)
+        inputs = "".join(fresh.get(a, a) for a in c.inputs)
+    else:
+        inputs = c.inputs
+    letters, running = terms[0], tensors[0]
+    for at in range(1, len(terms)):
+        needed = set(BATCH + inputs).union(*terms[at + 1 :])
+        kept = "".join(a for a in dict.fromkeys(letters + terms[at]) if a in needed)
+        running = torch.einsum(f"{letters},{terms[at]}->{kept}", running, tensors[at])
+        letters = kept
+    if BATCH not in letters:
+        running = running.expand(len(index), *running.shape)
+        letters = BATCH + letters
+    return torch.einsum(f"{letters}->{BATCH}{inputs}", running).reshape(len(index), -1)
