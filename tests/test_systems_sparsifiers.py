@@ -139,13 +139,13 @@ def test_random_pruning_meets_its_budget_to_one_weight(kind: Any) -> None:
 
 def test_random_pruning_trains_and_a_wider_net_is_not_worse() -> None:
     found = []
-    for width in (32, 128):
+    for width in (32, 256):
         model = sparsify(mlp(0, width), Random(ERK(0.9)))
-        masks = {x.site: x.weight != 0 for x in find_layers(model)}
-        keep = [(x.weight, masks[x.site]) for x in find_layers(model)]
-        train(model, 250, lambda keep=keep: [w.data.mul_(m) for w, m in keep])  # type: ignore[misc]
+        keep = [(x.weight, x.weight != 0) for x in find_layers(model)]
+        train(model, 500, lambda keep=keep: [w.data.mul_(m) for w, m in keep])  # type: ignore[misc]
         found.append(accuracy(model))
-    assert found[1] > 0.93 and found[1] >= found[0] - 0.005
+    dense = accuracy(train(mlp(0, 256), 500))
+    assert found[1] >= dense - 0.02 and found[1] >= found[0] - 0.005
 
 
 # SparseGPT, GQSA, SpQR
