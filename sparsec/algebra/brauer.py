@@ -105,7 +105,7 @@ class Equivariant:
     constants: tuple[Operand, ...]
 
     def apply(self, coefficients: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """sum_d coefficients[d] D_d v for v (batch, n, ..., n) with k axes of n; the result has l. Raises InputError."""
+        """sum_d coefficients[d] D_d v for v (batch, n, ..., n) with k axes of n; the result has l axes."""
         if coefficients.shape != (len(self.diagrams),):
             raise InputError(f"{len(self.diagrams)} coefficients are needed, got shape {tuple(coefficients.shape)}")
         made = self.plan(v, *(op for op in self.constants if not isinstance(op, Delta)))

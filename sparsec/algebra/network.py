@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -151,7 +152,7 @@ def _refine(cuts: dict[str, set[Any]], flats: list[_Flat]) -> dict[str, set[Any]
     for found in made.values():
         if all(isinstance(c, int) for c in found):
             chain = sorted(found)
-            if any(high % low for low, high in zip(chain, chain[1:]) if low):
+            if any(high % low for low, high in itertools.pairwise(chain) if low):
                 return None
         elif len(found) > 2:
             return None
@@ -186,7 +187,7 @@ def _assemble(
     for label in equation.labels:
         chain = _chain(cuts[label], label_sizes[label])
         digits[label] = []
-        for place, (low, high) in enumerate(reversed(list(zip(chain, chain[1:])))):
+        for place, (low, high) in enumerate(reversed(list(itertools.pairwise(chain)))):
             digits[label].append((low, len(sizes)))
             names.append(label if len(chain) == 2 else f"{label}{place}")
             sizes.append(high // low if isinstance(high, int) else high)
@@ -243,6 +244,7 @@ def _leaf(
         if len(indices) == 2 and all(len(axis) == 1 for axis in axes):
             kind, flops = "shift", (part.flops(), part.setup_flops())
         else:
-            notes.append(f"the {type(part).__name__} of operand {position} is written out: its index is split or shared")
+            name = type(part).__name__
+            notes.append(f"the {name} of operand {position} is written out: its index is split or shared")
     symmetric = part.symmetric and isinstance(part, Dense)
     return Leaf(position, item.path, kind, axes, indices, part.dtype.is_complex, symmetric, nnz, flops, digits)

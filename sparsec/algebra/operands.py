@@ -92,7 +92,7 @@ def _size(size: Any) -> Size:
 
 
 def Symmetric(data: torch.Tensor) -> Dense:
-    """A matrix that equals its transpose, so that plans may share products of either. Raises InputError if it is not."""
+    """A matrix that equals its transpose, so that plans share products of either. Raises InputError if it does not."""
     if data.dim() != 2 or data.shape[0] != data.shape[1] or not torch.equal(data, data.T):
         raise InputError(f"a tensor of shape {tuple(data.shape)} is not a symmetric matrix")
     return Dense(data, tuple(data.shape), data.dtype, symmetric=True)
@@ -307,7 +307,7 @@ class Toeplitz(Shift):
 
 
 class Hankel(Shift):
-    """H[i, j] = h[i + j], with h the `column` followed by `row[1:]`, as in scipy. Shapes: column (rows,), row (cols,)."""
+    """H[i, j] = h[i + j], with h the `column` followed by `row[1:]`, as in scipy: column (rows,), row (cols,)."""
 
     def __init__(self, column: Any, row: Any) -> None:
         self.column, self.row = operand(column), operand(row)

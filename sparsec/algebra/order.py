@@ -194,7 +194,9 @@ def _mask(tree: Tree, values: Sequence[Value]) -> int:
     return _mask(tree[0], values) | _mask(tree[1], values)
 
 
-def repair(tree: Tree, values: Sequence[Value], out: int, sizes: Sizes, limit: float = math.inf, width: int = 7) -> Tree:
+def repair(
+    tree: Tree, values: Sequence[Value], out: int, sizes: Sizes, limit: float = math.inf, width: int = 7
+) -> Tree:
     """Reorder every group of `width` neighbouring subtrees optimally, from the leaves up."""
 
     def visit(node: Tree, outside: int) -> Tree:
@@ -237,7 +239,7 @@ def _substitute(tree: Tree, group: list[Tree]) -> Tree:
 
 
 def search(values: Sequence[Value], out: int, sizes: Sizes, limit: float = math.inf, tries: int = 16) -> Found | None:
-    """A good tree for many tensors: greedy attempts and, when installed, cotengra's, each repaired; the cheapest wins."""
+    """A good tree for many tensors: the cheapest of greedy attempts and, when installed, cotengra's, each repaired."""
     starts = [greedy(values, out, sizes)]
     starts += [greedy(values, out, sizes, random.Random(seed)) for seed in range(tries)]
     starts += _cotengra(values, out, sizes)

@@ -100,8 +100,8 @@ class Plan:
         for position, first in enumerate(self.same):
             if filled[position] is not filled[first] and not isinstance(filled[position], Delta):
                 raise InputError(
-                    f"operands {first} and {position} were one object when planned and shared products; pass one object "
-                    "again, or plan with different ones"
+                    f"operands {first} and {position} were one object when planned and shared products; pass one "
+                    "object again, or plan with different ones"
                 )
         given = [operand(v) for v in filled]
         bound: dict[str, int] = {}

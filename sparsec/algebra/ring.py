@@ -1,4 +1,4 @@
-"""Exact arithmetic to prove rules in: integers modulo a prime, with a number-theoretic Fourier transform where it exists.
+"""Exact arithmetic to prove rules in: integers modulo a prime, with a number-theoretic Fourier transform.
 
 A polynomial identity of low degree that fails, fails for random elements of GF(2^31 - 1) with probability at least
 1 - degree / 2^31 (Schwartz and Zippel). GF(2013265921) has roots of unity of every order 2^a 3^b 5^c that divides

@@ -183,8 +183,8 @@ RULES = (
     Rule("transposed_product", "(a @ b).T --> b.T @ a.T", EXACT, _transposed_product, _transposed_sample),
     Rule("diag_absorbed", "diag(d) @ a --> scale(a, d, rows);  a @ diag(d) --> scale(a, d, columns)", EXACT, _diag,
          _diag_sample),
-    Rule("scale_through_linear", "scale(x, s) @ w --> x @ scale(w, s, rows);  scale(x @ w, s) --> x @ scale(w, s, columns), "
-         "and back", REASSOCIATION, _scale, _scale_sample),
+    Rule("scale_through_linear", "scale(x, s) @ w --> x @ scale(w, s, rows);  "
+         "scale(x @ w, s) --> x @ scale(w, s, columns), and back", REASSOCIATION, _scale, _scale_sample),
     Rule("shared", "f(x @ w) + g(x @ w) --> y = x @ w; f(y) + g(y)", EXACT, _shared, _shared_sample, whole=True),
     Rule("scale_through_relu", "relu(scale(x, s)) --> scale(relu(x), s)", CONDITIONAL, _positive,
          lambda r: _positive_sample(r, True), "Every factor s is known to be nonnegative.",

@@ -23,8 +23,8 @@ SWEEPS = 3
 def plan_many(expressions: Sequence[tuple[Any, ...]], memory: int | None = None) -> Plan:
     """One plan for several einsums, each `(einsum, *operands)`; it returns a tuple of results.
 
-    Operands that are the same object are one operand: the plan is called with every distinct one once, in order of first
-    appearance. A `Symmetric` operand also shares what differs by a transposition. Raises as `plan` does.
+    Operands that are the same object are one operand: the plan is called with every distinct one once, in order of
+    first appearance. A `Symmetric` operand also shares what differs by a transposition. Raises as `plan` does.
     """
     if not expressions:
         raise InputError("plan_many was given no expressions")
