@@ -32,7 +32,7 @@ def panels(problem: Problem, fmt: Format, target: Target, isa: str) -> tuple[tup
 
 def chain_needs(problem: Problem, fmt: Format, target: Target) -> str | None:
     """Tiles, and a factor that is a chain of products."""
-    if not getattr(fmt, "tiled", 0):
+    if getattr(fmt, "tiled", None) != 1:
         return "generated chains read tiled operands"
     try:
         fmt.fields()
@@ -44,7 +44,7 @@ def chain_needs(problem: Problem, fmt: Format, target: Target) -> str | None:
 def torch_needs(problem: Problem, fmt: Format, target: Target) -> str | None:
     """The factor's own buffers, all of them dense."""
     terms = getattr(fmt, "terms", None)
-    if terms is None or getattr(fmt, "tiled", 1):
+    if terms is None or getattr(fmt, "tiled", None) != 0:
         return "torch's products read the operands as the factor has them"
     if any(operand.format is not None for term in terms() for operand in term.operands):
         return "torch has no fast product with a sparse operand"

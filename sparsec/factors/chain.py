@@ -163,7 +163,8 @@ class Factored(Format):
         total = 0
         for stage in self.stages.stages:
             if stage.sparse:
-                total += _csr(stage.operand).nbytes(*stage.operand.shape, stage.operand.stored, itemsize)
+                height, width = stage.operand.shape
+                total += _csr(stage.operand).nbytes(height, width, stage.operand.stored, itemsize)
             else:
                 total += stage.packed * itemsize
         return total
