@@ -61,7 +61,7 @@ def specs(name: str, isa: str, dtype: str = "float32", steps: tuple[Step, ...] =
     """Every kernel that the catalogue offers for a case; built together."""
     target, wanted = Target.probe().limit(isa), problem(name, dtype, steps)
     found: list[KernelSpec] = []
-    turn = list(CASES).index(name)  # every variant on half of the cases or more: each kernel takes half a second to build
+    turn = list(CASES).index(name)  # variants take turns: each kernel takes half a second to build
     for place, variant in enumerate(conv_variants.VARIANTS):
         if variant.format != "dense" and place % 2 == turn % 2 and both_take(wanted, target):
             continue
@@ -218,7 +218,7 @@ def test_geometry_refuses_what_has_no_output_and_reads_its_own_text() -> None:
     for broken in (None, [1], [[4]] * 6 + ["1"], [[4], [1.5], [1], [0], [0], [1], 1]):
         with pytest.raises(SpecError):
             Conv.parse(broken)
-    for name, (_, _, conv) in CASES.items():
+    for _, _, conv in CASES.values():
         assert Conv.parse(conv.numbers()) == conv
     (spec, *_) = specs("3x3", Target.probe().isas[0])
     assert spec.conv is not None and KernelSpec.parse(spec.text()) == spec
