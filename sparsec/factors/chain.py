@@ -1,4 +1,4 @@
-"""Factored: a fitted factor as a weight's storage, in the tiles that generated kernels stream or as the factor has it."""
+"""Factored: a fitted factor as a weight's storage, in the tiles that generated kernels stream or as it was fitted."""
 
 from __future__ import annotations
 
@@ -147,7 +147,8 @@ class Factored(Format):
         packed = sum(s.packed for s in self.stages.stages if not s.sparse)
         if values.shape != (packed,) or not values.is_floating_point():
             raise FormatError(
-                f"{self.name}: buffer 'values' is {values.dtype} {tuple(values.shape)}, expected {packed} floating values"
+                f"{self.name}: buffer 'values' is {values.dtype} {tuple(values.shape)}, "
+                f"expected {packed} floating values"
             )
         for at, stage in enumerate(s for s in self.stages.stages if s.sparse):
             own = _own(buffers, at)
