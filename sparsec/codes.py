@@ -21,8 +21,6 @@ INSTALLED_BUCKETS = "SPC0005"
 FACTORED = "SPC0006"
 PREPACKED = "SPC0010"
 DENSE_KERNEL = "SPC0011"
-DENSE_KERNEL = "SPC0011"
-DENSE_KERNEL = "SPC0011"
 DENSE_FASTER = "SPC0100"
 WITHIN_MARGIN = "SPC0101"
 MODEL_SAYS_DENSE = "SPC0102"
@@ -66,8 +64,6 @@ _TABLE = (
     Code(INSTALLED_BUCKETS, "sparse for some batches", "sparse at batch {sparse}; dense kept for batch {dense}"),
     Code(FACTORED, "factored", "replaced by {factor} with a relative error of {error:.2e}: {speedup:.2f}x over dense"),
     Code(PREPACKED, "dense, prepacked", "stays dense; its weight is prepacked for {library}: {speedup:.2f}x"),
-    Code(DENSE_KERNEL, "dense, generated", "stays dense, on the generated kernel {variant}: {speedup:.2f}x"),
-    Code(DENSE_KERNEL, "dense, generated", "stays dense, on the generated kernel {variant}: {speedup:.2f}x"),
     Code(DENSE_KERNEL, "dense, generated", "stays dense, on the generated kernel {variant}: {speedup:.2f}x"),
     Code(DENSE_FASTER, "dense is faster", "dense takes {dense_us:.1f} us, {variant} {sparse_us:.1f} us"),
     Code(

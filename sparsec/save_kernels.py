@@ -107,8 +107,6 @@ def fit(source: str, fmt: Format, shape: tuple[int, ...], dtype: torch.dtype) ->
         raise LoadError(f"kernel {source[:120]!r}: its fields are not those of {fmt.text()}")
     if (spec.op == "conv") != (spec.conv is not None) or (spec.conv is not None and spec.conv.kernel != shape[2:]):
         raise LoadError(f"kernel {source[:120]!r}: its geometry is not that of a {shape} weight")
-    if (spec.op == "conv") != (spec.conv is not None) or (spec.conv is not None and spec.conv.kernel != shape[2:]):
-        raise LoadError(f"kernel {source[:120]!r}: its geometry is not that of a {shape} weight")
     numbers = [n for _, n in spec.tile] + [n for line in spec.plan for n in (line[0], line[2])]
     if not all(0 <= n <= _SIZE for n in numbers) or len(spec.plan) > 64 or len(spec.epilogue) > 64:
         raise LoadError(f"kernel {source[:120]!r}: its plan or tile is out of range")

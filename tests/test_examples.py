@@ -14,7 +14,6 @@ SAYS = {
     "tucker_fno": ("in factors", "held-out error", "gemm"),
     "separable_field": ("PSNR", "grid equals points: True", "drawn"),
     "cnn": ("conv2d", "fine-tuned", "largest difference", "64 images"),
-    "cnn": ("conv2d", "fine-tuned", "largest difference", "64 images"),
     "quickstart": ("sparsec report, 3 sites", "largest difference"),
     "inspect_graph": ("passes: capture, normalise, fold, conv_rewrite, annotate, fuse, factor, select, lower", "lines of C", "picture:"),
     "custom_pass": ("fold_scale: 0 multiplications left", "state dict unchanged: True"),
