@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 WORKERS ?= 2
+SEED ?= 0
 PY := .venv/bin/python
 READY := .venv/.ready
 
@@ -23,7 +24,13 @@ demo: $(READY)  ## prune a real encoder, compile it, and compare speed and embed
 test: $(READY)  ## all tests but the soak
 	$(PY) -m pytest -n $(WORKERS) -m "not soak"
 
-soak: $(READY)  ## the long batteries
+soak: $(READY)  ## the long batteries, for hours; totals add up in out/ and a stopped run goes on (SEED=0)
+	$(PY) -m sparsec.testing_kernels --seed $(SEED) --problems 200000
+	$(PY) -m sparsec.testing_graphs --seed $(SEED) --graphs 20000
+	$(PY) -m sparsec.testing_peers --seed $(SEED) --problems 20000
+	$(PY) tests/hostile.py --seed $(SEED) --cases 1000000
+	$(PY) tests/cache_soak.py --seed $(SEED) --processes 16 --rounds 200
+	$(PY) tests/mutants.py --seed $(SEED) --count 150
 	$(PY) -m pytest -n 0 -m soak
 
 lint: $(READY)  ## ruff

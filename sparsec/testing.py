@@ -207,7 +207,8 @@ def _obey(fmt: Format, mask: np.ndarray) -> np.ndarray:
     if isinstance(fmt, FanIn):
         return mask & (mask.cumsum(axis=1) <= fmt.k)
     if isinstance(fmt, NMG):
-        return mask & fmt.choose(torch.from_numpy(mask)).numpy()
+        kept: np.ndarray = mask & fmt.choose(torch.from_numpy(mask).float()).numpy()
+        return kept
     return mask
 
 

@@ -91,7 +91,8 @@ def run_packed(
         torch.set_num_threads(threads)
     try:
         with torch.no_grad():
-            return OVERLOAD(x, buffers, bias, residual, text)
+            y: torch.Tensor = OVERLOAD(x, buffers, bias, residual, text)
+            return y
     finally:
         if before != threads:
             torch.set_num_threads(before)
