@@ -66,7 +66,8 @@ def source(node: fx.Node) -> Source:
     if not plain or not all(isinstance(n, int) and n >= 0 for n in pads) or not 0 < len(pads) // 2 <= axes:
         return Source(read)
     pads = [*pads, *[0] * (2 * axes - len(pads))]
-    return Source(bound.get("self", bound.get("input")), tuple(reversed(pads[::2])), tuple(reversed(pads[1::2])))
+    inner = bound["self"] if "self" in bound else bound["input"]
+    return Source(inner, tuple(reversed(pads[::2])), tuple(reversed(pads[1::2])))
 
 
 def _shape(node: fx.Node) -> tuple[Any, ...]:
@@ -195,5 +196,6 @@ def _under_taps(x: torch.Tensor, conv: Conv, image: torch.Tensor, place: torch.T
         index = (index[:, :, None] * axis.size + at.clamp(0, axis.size - 1)[:, None, :]).flatten(1)
         inside = (inside[:, :, None] & good[:, None, :]).flatten(1)
     flat = x.reshape(x.shape[0], x.shape[1], conv.inputs)
-    found = flat[image[:, None, None], torch.arange(x.shape[1])[None, :, None], index[:, None, :]]
-    return torch.where(inside[:, None, :], found, torch.zeros_like(found)).flatten(1)
+    found: torch.Tensor = flat[image[:, None, None], torch.arange(x.shape[1])[None, :, None], index[:, None, :]]
+    shown: torch.Tensor = torch.where(inside[:, None, :], found, torch.zeros_like(found))
+    return shown.flatten(1)

@@ -225,9 +225,9 @@ class Trial:
             xb, rb = _rows(x, batch), _rows(residual, batch) if residual is not None else None
             weight, bias = self._operands(proposal)
             shaped = weight.reshape(proposal.fact.shape) if proposal.problem.conv is not None else weight
-            dense = _product.dense(proposal.problem, shaped, bias, proposal.fact.epilogue)
+            plain = _product.dense(proposal.problem, shaped, bias, proposal.fact.epilogue)
             contenders: list[Callable[[], object]] = [
-                lambda: dense(xb, rb),
+                lambda: plain(xb, rb),
                 *(self._sparse(proposal, c, xb, rb) for c in built),
                 *([_prepacked.call(packed, weight, bias, xb, rb)] if packed else []),
             ]
