@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sparsec.driver import Pipeline
 from sparsec.passes.annotate import Annotate
+from sparsec.passes.conv_rewrite import ConvRewrite
 from sparsec.passes.factor import Factorise
 from sparsec.passes.fold import Fold
 from sparsec.passes.fuse import Fuse
@@ -15,6 +16,7 @@ DEFAULT = Pipeline(
     (
         Normalise(),  # first: every later pass reads one spelling of a weight op, with its weight on the root
         Fold(),  # before annotate: folding makes the weights that are measured
+        ConvRewrite(),  # behind fold, which wants to see the convolution; before annotate, because it changes the sites
         Annotate(),  # facts for everything below: sites, densities, structures, refusals
         Fuse(),  # needs sites; before select, because the tail is part of the kernel that is timed
         Factorise(),  # before select, which leaves decided sites alone; lossy, so only where the spec names a factor
@@ -24,4 +26,4 @@ DEFAULT = Pipeline(
 )
 """What `compile` runs. Edits by name give a new list: `DEFAULT.insert_before("select", MyPass())`."""
 
-__all__ = ["DEFAULT", "Annotate", "Factorise", "Fold", "Fuse", "Lower", "Normalise", "Select"]
+__all__ = ["DEFAULT", "Annotate", "ConvRewrite", "Factorise", "Fold", "Fuse", "Lower", "Normalise", "Select"]

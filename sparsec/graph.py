@@ -308,14 +308,14 @@ def constant_nodes(gm: fx.GraphModule) -> dict[fx.Node, None]:
     return known
 
 
-def fold_constants(gm: fx.GraphModule, only_weights: bool = True) -> int:
+def fold_constants(gm: fx.GraphModule, only_weights: bool = True, also: Sequence[fx.Node] = ()) -> int:
     """`linear(x, t(w)) --> linear(x, w_t)`: evaluate what is computed from constants alone; returns how many.
 
-    With `only_weights` only what stands in weight or bias position of a weight op. Every result is registered flat with
-    a recipe that `evaluate` can replay on other weights; equal expressions become one attribute.
+    With `only_weights` only what stands in weight or bias position of a weight op, and `also`. Every result is
+    registered flat with a recipe that `evaluate` can replay on other weights; equal expressions become one attribute.
     """
     known = constant_nodes(gm)
-    roots: dict[fx.Node, None] = {}
+    roots: dict[fx.Node, None] = dict.fromkeys(n for n in also if n in known)
     for node in gm.graph.nodes:
         if node not in known:
             inputs = operands(node, bias=True) if only_weights else node.all_input_nodes
