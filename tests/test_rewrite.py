@@ -188,6 +188,19 @@ def test_the_clock_decides_every_group(faster: float, merged: bool, monkeypatch:
     assert len(seen) == 1 + len(rewrite_merge.UNKNOWN_ROWS)
 
 
+def test_sparse_linears_merge_by_their_rows_alone(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(rewrite_merge.tune, "measure", lambda contenders: pytest.fail("timed dense linears"))
+    model = sparsec.sparsify(Attention(), Magnitude(0.9)).eval()
+    few, entries = rewritten(model, torch.randn(8, 32), tune="measure", spec=Spec.of(None))
+    assert calls(few).count("linear") == 1 and "sparse, 8 rows at most" in entries[0].detail
+    many, entries = rewritten(model, torch.randn(65, 32), tune="measure", spec=Spec.of(None))
+    assert calls(many).count("linear") == 3 and entries[0].refused
+    timing = type("Timing", (), {"us": (100.0, 90.0)})
+    monkeypatch.setattr(rewrite_merge.tune, "measure", lambda contenders: timing)
+    dense, entries = rewritten(model, torch.randn(8, 32), tune="measure", spec=Spec.of({"_default": None}))
+    assert calls(dense).count("linear") == 1 and "1.11x at 8 rows" in entries[0].detail
+
+
 # -- expressions ---------------------------------------------------------------------------------------------------
 
 

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="empty-body"
 """What egglog is told: the sort of matrices, their operations, shapes, rules and costs.
 
 Imported by `saturate` alone, when egglog is there. Annotations are objects here, not text: egglog reads them.

@@ -34,7 +34,7 @@ class Problem:
     n: int
     sizes: tuple[int, int, int]
     entries: frozenset[Entry]
-    places: tuple[tuple[tuple[int, int], ...], ...]  # per operand, the matrix positions of every coordinate
+    places: tuple[tuple[tuple[tuple[int, int], ...], ...], ...]  # per operand, the matrix positions of every coordinate
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ class Equivariant:
         total = made[0] * coefficients[0]
         for weight, term in zip(coefficients[1:], made[1:]):
             total = total + weight * term
-        return total
+        return total  # type: ignore[no-any-return]
 
     @property
     def dense_flops(self) -> int:

@@ -163,7 +163,7 @@ def _sparse(a: Runtime, la: Labels, b: torch.Tensor, lb: Labels, result: Labels)
         made = _scattered(a, la, own, shared, columns, math.prod(sizes[x] for x in own))
     made = made.reshape([sizes[x] for x in (*own, *rest)])
     order = (*own, *rest)
-    return made.permute([order.index(x) for x in result])
+    return made.permute([order.index(x) for x in result])  # type: ignore[no-any-return]
 
 
 def _scattered(

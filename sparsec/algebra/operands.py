@@ -368,10 +368,10 @@ def _convolve(kernel: torch.Tensor, x: torch.Tensor, length: int) -> torch.Tenso
     dtype = torch.promote_types(kernel.dtype, x.dtype)
     if dtype.is_complex:
         spectrum = torch.fft.fft(kernel, length) * torch.fft.fft(x, length)
-        return torch.fft.ifft(spectrum, length).to(dtype)
+        return torch.fft.ifft(spectrum, length).to(dtype)  # type: ignore[no-any-return]
     wide = dtype if dtype in (torch.float32, torch.float64) else torch.float32
     spectrum = torch.fft.rfft(kernel.to(wide), length) * torch.fft.rfft(x.to(wide), length)
-    return torch.fft.irfft(spectrum, length).to(dtype)
+    return torch.fft.irfft(spectrum, length).to(dtype)  # type: ignore[no-any-return]
 
 
 def _correlate(kernel: torch.Tensor, x: torch.Tensor, count: int, start: int, length: int) -> torch.Tensor:

@@ -143,7 +143,8 @@ def greedy(values: Sequence[Value], out: int, sizes: Sizes, chance: random.Rando
     while len(masks) > 1:
         pick = next(((i, j) for _, i, j in _drain(queue) if i in masks and j in masks), None)
         if pick is None:  # nothing shares an index: outer products, smallest first
-            pick = tuple(sorted(masks, key=lambda k: (float(sizes(masks[k])), k))[:2])
+            first, second = sorted(masks, key=lambda k: (float(sizes(masks[k])), k))[:2]
+            pick = first, second
         i, j = pick
         mask = result(i, j)
         for k in (i, j):

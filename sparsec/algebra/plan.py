@@ -82,8 +82,8 @@ class Plan:
             if len(inputs) == 1:
                 values.append(execute.reduce(inputs[0], step.labels[0], step.result))
             else:
-                values.append(execute.contract(step.mode, inputs[0], step.labels[0], inputs[1], *step.labels[1:],
-                                               step.result))  # fmt: skip
+                (a, b), (la, lb) = inputs, step.labels
+                values.append(execute.contract(step.mode, a, la, b, lb, step.result))
             for source in step.sources:
                 if last[source] == number:
                     values[source] = None

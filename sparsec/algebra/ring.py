@@ -61,7 +61,7 @@ class Ring:
         """The transform of the last axis, by its definition. In float64 its values are complex, the inverse's real."""
         n = x.shape[-1]
         if not self.exact:
-            return torch.fft.ifft(x).real if inverse else torch.fft.fft(x)
+            return torch.fft.ifft(x).real if inverse else torch.fft.fft(x)  # type: ignore[no-any-return]
         if self.prime != FOURIER or (self.prime - 1) % n:
             raise InputError(f"GF({self.prime}) has no root of unity of order {n}")
         root = pow(GENERATOR, (self.prime - 1) // n, self.prime)
