@@ -13,6 +13,7 @@ from torch import fx
 from sparsec import codes, cost, verify
 from sparsec.codegen import tune
 from sparsec.codegen.kernel import Kernel, KernelSpec
+from sparsec.codegen.rates import rates
 from sparsec.driver import Context
 from sparsec.errors import DeviceError, VerifyError
 from sparsec.formats import Dense, Format
@@ -22,6 +23,10 @@ from sparsec.passes import _prepacked, _product
 from sparsec.passes._prepacked import Prepacked
 from sparsec.passes._propose import Candidate, Proposal, dense_row
 from sparsec.report import Row
+
+FEW = 4  # candidates that are timed whatever the cost model says of them
+NEAR = 3.0  # and of more, those that it expects within this many times of its first choice
+CLOSE = 1.3
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class Trial:
     def __init__(self, gm: fx.GraphModule, ctx: Context, kernels: Mapping[KernelSpec, Kernel | Exception]) -> None:
         self.gm, self.ctx, self.kernels = gm, ctx, kernels
         self.seconds = Seconds()
+        self.model: list[tuple[float, float, float]] = []  # best us expected and measured; the pick over the latter
         self._packs: dict[tuple[str, Format], Buffers] = {}
         self._errors: dict[tuple[str, Format], float] = {}
         self._machine = ctx.target.machine_id()
@@ -67,13 +73,53 @@ class Trial:
             return None, refusal
         x, residual = _product.flatten(proposal.problem, x, residual)
         begin = perf_counter()
+        built = self._promising(proposal, built, batches)
         times = self._times(proposal, built, packed, x, residual, batches)
         self.seconds.tune += perf_counter() - begin
+        if self.ctx.options.tune == "measure" and times is not None and len(built) > 1:
+            self._remember(proposal, built, times, batches)
         if packed is None or times is None:
             return self._best(proposal, built, times, x, residual, batches)
         extra = times.pop()
         outcome = (None, refusal) if refusal else self._best(proposal, built, times, x, residual, batches)
         return self._or_prepacked(proposal, packed, times[0], extra, outcome, x, residual)
+
+    def _expected(self, proposal: Proposal, candidate: Candidate, batches: Sequence[int]) -> float:
+        """Microseconds of a candidate over all batches by the cost model."""
+        target = self.ctx.target
+        return sum(
+            cost.sparse_us(proposal.problem, candidate.format, candidate.spec, b, target, rates(target))
+            for b in batches
+        )
+
+    def _promising(self, proposal: Proposal, built: list[Candidate], batches: Sequence[int]) -> list[Candidate]:
+        """The candidates worth timing, in their order: those that the cost model puts near its first, and three."""
+        if self.ctx.options.tune != "measure" or len(built) <= FEW:
+            return built
+        expected = {id(c): self._expected(proposal, c, batches) for c in built}
+        ranked = sorted(expected.values())
+        limit = max(NEAR * ranked[0], ranked[FEW - 1])
+        return [c for c in built if expected[id(c)] <= limit]
+
+    def _remember(
+        self, proposal: Proposal, built: list[Candidate], times: list[list[float]], batches: Sequence[int]
+    ) -> None:
+        """How the cost model's first choice fared against the clock's."""
+        expected = [self._expected(proposal, c, batches) for c in built]
+        measured = [sum(t) for t in times[1 : len(built) + 1]]
+        pick = measured[expected.index(min(expected))]
+        self.model.append((min(expected), min(measured), pick / min(measured)))
+
+    def agreement(self) -> str | None:
+        """A sentence on the cost model against the clock, over all sites that had a choice; None without any."""
+        if not self.model:
+            return None
+        near = sum(ratio <= CLOSE for _, _, ratio in self.model)
+        expected, measured = (sum(column) for column in list(zip(*self.model, strict=True))[:2])
+        return (
+            f"the cost model's first choice was within {CLOSE:g}x of the fastest kernel at {near} of {len(self.model)} "
+            f"sites; it expected {expected / 1e3:.2f} ms of their best kernels, and the clock saw {measured / 1e3:.2f}"
+        )
 
     def _best(
         self, proposal: Proposal, built: list[Candidate], times: list[list[float]] | None, x: torch.Tensor,
@@ -215,9 +261,8 @@ class Trial:
         residual: torch.Tensor | None, batch: int,
     ) -> tuple[float, ...]:  # fmt: skip
         if self.ctx.options.tune == "model":
-            estimates = [cost.dense_us(proposal.problem, batch, self.ctx.target)]
-            estimates += [cost.sparse_us(proposal.problem, c.format, c.spec, batch, self.ctx.target) for c in built]
-            return tuple(estimates)
+            dense = cost.dense_us(proposal.problem, batch, self.ctx.target, rates(self.ctx.target))
+            return dense, *(self._expected(proposal, c, (batch,)) for c in built)
         texts = [c.spec.text() for c in built] + ([packed.kernel.text()] if packed else [])
         key = tune.decision_key(proposal.problem, batch, texts, self._machine)
         timing = tune.recall(key, len(texts) + 1)

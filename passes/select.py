@@ -61,6 +61,8 @@ class Select(Pass):
                 trial.forget([c.buffers for c in chosen if isinstance(c, Choice)])
         for row in rows.values():
             ctx.report.put(row)
+        if (sentence := trial.agreement()) is not None:
+            ctx.report.note(sentence)
         ctx.report.timings["tune_s"] = ctx.report.timings.get("tune_s", 0.0) + trial.seconds.tune
         ctx.report.timings["verify_s"] = ctx.report.timings.get("verify_s", 0.0) + trial.seconds.verify
         return len(chosen)

@@ -1,13 +1,17 @@
-"""The cost model: a roofline in closed form, used to order candidates and, with tune="model", to decide.
+"""The cost model in closed form: it orders candidates before the clock does, and decides alone with tune="model".
 
-Time is max(work / rate, bytes / bandwidth) plus the cost of a call. The rates are shares of the FMA peak that a routine
-sustains; they were fitted to measurements of `benchmarks/linear.py` and only their ratios matter for a decision.
+Time is a call and the larger of arithmetic and traffic. Each formula below is written once and read twice: with numbers
+it gives microseconds, with sympy's symbols the expression (`expression`). Machine rates are measured (see
+`sparsec.codegen.rates`) or nominal; shares of the peak were fitted to `benchmarks/linear.py`.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from sparsec.target import ISAS, Target
 
@@ -15,69 +19,151 @@ if TYPE_CHECKING:
     from sparsec.codegen.kernel import KernelSpec, Problem
     from sparsec.formats import Format
 
-CLOCK = 3.0e9  # hertz; a nominal value, cancels in every ratio
 CALL_US = 5.0  # dispatcher, checks and allocation of one op
-BANDWIDTH = {"l2": 60e9, "l3": 25e9, "memory": 12e9}  # bytes a second and core
 DENSE_SHARE = 0.65  # of the FMA peak that a library matmul sustains at large batch
 DENSE_HALF_BATCH = 6.0  # rows at which it sustains half of that
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+PACK = 0.5  # cycles to bring one activation into a panel, and one result out of it
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one core of a machine sustains: fp32 `peak` in flops a second; bytes a second from L2, L3 and memory."""
+
+    peak: float
+    l2: float = 60e9
+    l3: float = 25e9
+    memory: float = 12e9
+
+    @classmethod
+    def nominal(cls, target: Target) -> Rates:
+        """Two FMA pipes at 3 GHz, or one when vectors are 512 bits wide: for machines that were never measured."""
+        return cls(3.0e9 * flops_per_cycle(target))
 
 
 @dataclass(frozen=True)
 class Rate:
-    """What a sparse routine sustains: `share` of the FMA peak on the columns it computes, padding included."""
+    """What a format's kernels sustain: `share` of the peak on the columns they compute, padding included; cycles for
+    every stored value once per panel (`per_value`) or in GEMV (`gemv`), and for every matrix position (`per_entry`)."""
 
-    share: float
-    per_value: float = 0.0  # extra cycles for every stored value: index decoding, mask expansion
-    per_entry: float = 0.0  # extra cycles for every matrix position, stored or not (bitmasks)
+    share: float = 0.55
+    per_value: float = 0.3
+    gemv: float = 1.3
+    per_entry: float = 0.0
 
 
 RATES: dict[str, Rate] = {
-    "gemv": Rate(share=1.0, per_value=1.3),
-    "panel": Rate(share=0.55, per_value=0.3),
+    "csr": Rate(),
+    "csr_groups": Rate(share=0.62, gemv=1.2),
+    "sell": Rate(share=0.66, gemv=4.0),
+    "bitmask": Rate(share=0.5, per_value=0.4, gemv=0.5, per_entry=0.06),
+    "bsr": Rate(share=0.7, per_value=0.1, gemv=0.3),
+    "nm": Rate(per_value=0.2, gemv=0.4),
+    "block_nm": Rate(per_value=0.2, gemv=0.3),
+    "nmg": Rate(share=0.35, gemv=1.0),
+    "quantized": Rate(share=1.4, gemv=0.4),
 }
-_UNKNOWN = Rate(share=0.3, per_value=1.0)
+_UNKNOWN = Rate(share=0.3, gemv=1.5)
 
 
-def peak(target: Target) -> float:
-    """fp32 flops a second of one core: two FMA pipes, or one when vectors are 512 bits wide."""
-    lanes = max(ISAS[target.isas[0]].lanes, 4)
-    return CLOCK * 2 * lanes * (1 if lanes == 16 else 2)
+# The formulas. `s` holds numbers or symbols; `most` and `where` are max and if, or Max and Piecewise.
+
+Most = Callable[..., Any]
+Where = Callable[[Any, Any, Any], Any]
 
 
-def dense_us(problem: Problem, batch: int, target: Target) -> float:
+def _traffic(s: Any, size: Any, where: Where) -> Any:
+    """Seconds to read `size` bytes from where they stay between calls."""
+    return size / where(size <= s.l2_bytes, s.l2, where(size <= s.l3_bytes, s.l3, s.memory))
+
+
+def _dense(s: Any, most: Most, where: Where, ceiling: Callable[[Any], Any]) -> Any:
+    rate = s.peak * DENSE_SHARE * s.batch / (s.batch + DENSE_HALF_BATCH)
+    work = 2 * s.out * s.inp * s.batch / rate
+    size = s.out * s.inp * s.itemsize
+    return CALL_US / 2 + 1e6 * most(work, _traffic(s, size, where)) / s.threads
+
+
+def _gemv(s: Any, most: Most, where: Where, ceiling: Callable[[Any], Any]) -> Any:
+    cycles = (s.density * s.gemv + s.per_entry) * s.out * s.inp * s.batch
+    return CALL_US + 1e6 * most(cycles / s.clock, _traffic(s, s.nbytes, where)) / s.threads
+
+
+def _panel(s: Any, most: Most, where: Where, ceiling: Callable[[Any], Any]) -> Any:
+    panels = ceiling(s.batch / s.columns)
+    flops = 2 * s.density * s.out * s.inp * panels * s.columns
+    cycles = (s.density * s.per_value + s.per_entry) * s.out * s.inp * panels + PACK * (s.inp + s.out) * s.batch
+    work = flops / (s.peak * s.share) + cycles / s.clock
+    return CALL_US + 1e6 * most(work, _traffic(s, s.nbytes, where)) / s.threads
+
+
+_FORMULAS = {"dense": _dense, "gemv": _gemv, "panel": _panel}
+SYMBOLS = (
+    "out", "inp", "batch", "density", "itemsize", "nbytes", "threads", "columns", "share", "per_value", "gemv",
+    "per_entry", "peak", "clock", "l2", "l3", "memory", "l2_bytes", "l3_bytes",
+)  # fmt: skip
+"""What the formulas are made of: the problem, the kernel, the machine."""
+
+
+def expression(routine: str) -> Any:
+    """The sympy expression, in microseconds over positive SYMBOLS, of "dense", "gemv" or "panel"."""
+    import sympy
+
+    s = SimpleNamespace(**{name: sympy.Symbol(name, positive=True) for name in SYMBOLS})
+    return _FORMULAS[routine](
+        s, sympy.Max, lambda test, a, b: sympy.Piecewise((a, test), (b, True)), sympy.ceiling
+    )  # fmt: skip
+
+
+def flops_per_cycle(target: Target) -> int:
+    """fp32 flops of a core in one cycle, by its vectors; of a device those of AVX-512, since only ratios matter."""
+    best = ISAS.get(target.isas[0]) if target.isas else None
+    lanes = max(best.lanes if best is not None else 16, 4)
+    return 2 * lanes * (1 if lanes == 16 else 2)
+
+
+def dense_us(problem: Problem, batch: int, target: Target, rates: Rates | None = None) -> float:
     """Microseconds of the library's dense linear, (batch, in) by (out, in)."""
-    share = DENSE_SHARE * batch / (batch + DENSE_HALF_BATCH)
-    work = 2.0 * problem.out_features * problem.in_features * batch / (peak(target) * share)
-    size = problem.out_features * problem.in_features * ITEMSIZE.get(problem.dtype, 4)
-    return CALL_US / 2 + 1e6 * max(work, size / _bandwidth(size, target)) / _threads(problem)
+    return _number("dense", _facts(problem, batch, target, rates))
 
 
-def sparse_us(problem: Problem, fmt: Format, spec: KernelSpec, batch: int, target: Target) -> float:
+def sparse_us(
+    problem: Problem, fmt: Format, spec: KernelSpec, batch: int, target: Target, rates: Rates | None = None
+) -> float:
     """Microseconds of a candidate kernel at `batch` rows."""
     routine, columns = _routine(spec, batch)
-    rate = RATES.get(routine, _UNKNOWN)
+    rate = RATES.get(_innermost(fmt), _UNKNOWN)
+    facts = _facts(problem, batch, target, rates)
     stored = max(problem.nnz, 1)
-    padded = -(-batch // columns) * columns if columns > 1 else batch
-    panels = max(1, padded // max(columns, 1))
-    work = 2.0 * stored * padded / (peak(target) * rate.share) if routine != "gemv" else 0.0
-    work += (rate.per_value * stored + rate.per_entry * problem.out_features * problem.in_features) * panels / CLOCK
-    size = fmt.nbytes(problem.out_features, problem.in_features, stored, ITEMSIZE.get(problem.dtype, 4))
-    return CALL_US + 1e6 * max(work, size / _bandwidth(size, target)) / _threads(problem)
+    facts.update(
+        columns=columns, share=rate.share, per_value=rate.per_value, gemv=rate.gemv, per_entry=rate.per_entry,
+        nbytes=fmt.nbytes(problem.out_features, problem.in_features, stored, int(facts["itemsize"])),
+    )  # fmt: skip
+    return _number(routine, facts)
+
+
+def _facts(problem: Problem, batch: int, target: Target, rates: Rates | None) -> dict[str, float]:
+    rates = rates or Rates.nominal(target)
+    return {
+        "out": problem.out_features, "inp": problem.in_features, "batch": batch, "density": problem.density,
+        "itemsize": ITEMSIZE.get(problem.dtype, 4), "threads": max(1, problem.threads), "peak": rates.peak,
+        "clock": rates.peak / flops_per_cycle(target), "l2": rates.l2, "l3": rates.l3, "memory": rates.memory,
+        "l2_bytes": target.l2, "l3_bytes": target.l3,
+    }  # fmt: skip
+
+
+def _number(routine: str, facts: dict[str, float]) -> float:
+    found = _FORMULAS[routine](SimpleNamespace(**facts), max, lambda test, a, b: a if test else b, math.ceil)
+    return float(found)
+
+
+def _innermost(fmt: Format) -> str:
+    inner = fmt.fields().get("format")
+    return _innermost(inner) if fmt.name == "permuted" and inner is not None else fmt.name
 
 
 def _routine(spec: KernelSpec, batch: int) -> tuple[str, int]:
     for largest, name, columns in spec.plan:
         if largest == 0 or batch <= largest:
-            return name, columns
+            return ("gemv", 1) if name == "gemv" else ("panel", max(1, columns))
     return "panel", 16
-
-
-def _bandwidth(size: int, target: Target) -> float:
-    if size <= target.l2:
-        return BANDWIDTH["l2"]
-    return BANDWIDTH["l3"] if size <= target.l3 else BANDWIDTH["memory"]
-
-
-def _threads(problem: Problem) -> int:
-    return max(1, problem.threads)

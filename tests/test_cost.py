@@ -1,0 +1,94 @@
+"""The cost model: closed forms that agree with their numbers, limits that follow, and machine rates that are kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import sparsec
+from sparsec import cost
+from sparsec.codegen import catalog, rates
+from sparsec.codegen.kernel import KernelSpec, Problem
+from sparsec.cost import Rates
+from sparsec.formats import BSR, CSR, Format, Permuted
+from sparsec.sparsifiers import Magnitude
+from sparsec.target import Target
+
+TARGET = Target.probe()
+RATES = Rates(2e11, 6e10, 2.5e10, 1.2e10)
+
+
+def problem(out: int = 1024, inp: int = 768, density: float = 0.1, threads: int = 1) -> Problem:
+    return Problem("linear", out, inp, "float32", round(out * inp * density), threads=threads)
+
+
+def spec(fmt: Format, of: Problem) -> KernelSpec:
+    variants = [v for v in catalog.variants_for("linear", fmt.name, TARGET) if v.refuse(of, fmt, TARGET) is None]
+    return variants[0].specs(of, fmt, TARGET)[0]
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64, 500])
+@pytest.mark.parametrize("fmt", [CSR(), BSR(16, 1), Permuted(BSR(16, 1))], ids=lambda f: f.text())
+def test_expressions_give_the_numbers(fmt: Format, batch: int) -> None:
+    of = problem(threads=2)
+    kernel = spec(fmt, of)
+    routine = "gemv" if batch == 1 else "panel"
+    rate, columns = cost.RATES["bsr" if fmt.name != "csr" else "csr"], cost._routine(kernel, batch)[1]
+    size = fmt.nbytes(1024, 768, of.nnz, 4)
+    values: dict[str, Any] = {
+        "out": 1024, "inp": 768, "batch": batch, "density": of.density, "itemsize": 4, "nbytes": size, "threads": 2,
+        "columns": columns, "share": rate.share, "per_value": rate.per_value, "gemv": rate.gemv,
+        "per_entry": rate.per_entry, "peak": RATES.peak, "clock": RATES.peak / cost.flops_per_cycle(TARGET),
+        "l2": RATES.l2, "l3": RATES.l3, "memory": RATES.memory, "l2_bytes": TARGET.l2, "l3_bytes": TARGET.l3,
+    }  # fmt: skip
+    for name, number in (
+        (routine, cost.sparse_us(of, fmt, kernel, batch, TARGET, RATES)),
+        ("dense", cost.dense_us(of, batch, TARGET, RATES)),
+    ):
+        found = cost.expression(name)
+        assert {s.name for s in found.free_symbols} <= set(cost.SYMBOLS)
+        assert float(found.subs({s: values[s.name] for s in found.free_symbols})) == pytest.approx(number, rel=1e-9)
+
+
+def test_the_model_follows_density_threads_and_the_levels_of_memory() -> None:
+    fmt = CSR()
+    at = [cost.sparse_us(problem(density=d), fmt, spec(fmt, problem(density=d)), 64, TARGET) for d in (0.05, 0.2, 0.8)]
+    assert at == sorted(at)
+    one, two = (cost.dense_us(problem(threads=t), 64, TARGET, RATES) - cost.CALL_US / 2 for t in (1, 2))
+    assert one == pytest.approx(2 * two)
+    slow = Rates(1e15, 6e10, 2.5e10, 1e9)  # arithmetic for nothing: bytes alone count
+    large = problem(8192, 8192, 0.5)
+    assert cost.dense_us(large, 1, TARGET, slow) > 8192 * 8192 * 4 / 6e10 * 1e6
+
+
+def test_rates_are_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: dict[str, Any] = {}
+    monkeypatch.setattr(rates.cache, "load_json", lambda kind, key: kept.get(f"{kind}/{key}"))
+    monkeypatch.setattr(rates.cache, "store_json", lambda kind, key, value: kept.update({f"{kind}/{key}": value}))
+    rates.rates.cache_clear()
+    first = rates.rates(TARGET)
+    assert first.peak > 1e9 and first.l2 >= first.l3 >= first.memory > 1e8
+    monkeypatch.setattr(rates, "measure", lambda target: pytest.fail("measured again"))
+    rates.rates.cache_clear()
+    assert rates.rates(TARGET) == first
+    (key,) = kept
+    kept[key] = {"peak": -1.0}
+    monkeypatch.setattr(rates, "measure", lambda target: RATES)
+    rates.rates.cache_clear()
+    assert rates.rates(TARGET) == RATES, "a record that is not whole is measured again"
+    rates.rates.cache_clear()
+    assert rates.rates(Target.parse("cuda:sm_90")) == Rates.nominal(Target.parse("cuda:sm_90"))
+
+
+def test_the_report_shows_the_model_beside_the_clock() -> None:
+    torch.manual_seed(0)
+    model = sparsec.sparsify(nn.Sequential(nn.Linear(64, 64)).eval(), Magnitude(0.9))
+    report = sparsec.analyze(model, None, (torch.randn(4, 64),))
+    (line,) = [n for n in report.notes if "cost model" in n]
+    assert "of 1 sites; it expected" in line
+    modelled = sparsec.analyze(model, None, (torch.randn(4, 64),), tune="model").row("0")
+    assert modelled.code in (sparsec.codes.INSTALLED_MODEL, sparsec.codes.MODEL_SAYS_DENSE)
+    assert modelled.dense_us and modelled.sparse_us
