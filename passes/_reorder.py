@@ -30,7 +30,7 @@ def formats(weight: torch.Tensor, problem: Problem, ctx: Context) -> list[Format
         return [Permuted(BSR(16, 16))] if _clustered(bits) and _gains(bits, Permuted(BSR(16, 16))) else []
     found: list[Format] = []
     if _clustered(bits):
-        found = [Permuted(BSR(r, 1)) for r in (16, 8, 4) if _gains(bits, Permuted(BSR(r, 1)))][:1]
+        found += [Permuted(BSR(r, 1)) for r in (16, 8, 4) if _gains(bits, Permuted(BSR(r, 1)))][:1]
         found.append(Permuted(CSRGroups()))
     if problem.density < BAND and _gains(bits, Permuted(BSR(16, 16), "rcm", "rcm")):
         found.append(Permuted(BSR(16, 16), "rcm", "rcm"))

@@ -90,7 +90,8 @@ def nbytes() -> int:
 @lru_cache(maxsize=4096)
 def _plan(text: str) -> _Plan:
     spec = KernelSpec.parse(text)
-    steps, tail, adds = spec.epilogue, ("none", (), ""), False
+    steps, adds = spec.epilogue, False
+    tail: tuple[str, tuple[float, ...], str] = ("none", (), "")
     if steps and steps[0].name in _FUSED:
         name, algorithm = _FUSED[steps[0].name]
         tail, steps = (name, steps[0].params, algorithm), steps[1:]
