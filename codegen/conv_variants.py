@@ -17,6 +17,10 @@ VARIANTS: tuple[Variant, ...] = (
         choose=plans_conv.tiles, candidates=plans_conv.csr_groups_formats, needs=plans_conv.refuse,
     ),
     Variant(
+        "conv_bsr", "conv", "bsr", "conv_bsr.c.jinja", dtypes=("float32", "bfloat16"), isas=_ISAS,
+        choose=plans_conv.blocks, needs=plans_conv.refuse_blocks,
+    ),
+    Variant(
         "conv_depthwise", "conv", "dense", "conv_depthwise.c.jinja", dtypes=("float32", "bfloat16"), isas=_ISAS,
         choose=plans_conv.depthwise, needs=plans_conv.refuse_depthwise,
     ),

@@ -19,6 +19,7 @@ OFFSETS, PANEL, IN_PLACE = 0, 1, 2
 
 CHUNK_BYTES = 128 << 10  # of sums that wait between two steps
 LONGEST_STRIP = 1024  # positions
+MAX_ROWS = 16  # outputs of a block
 MAX_DENSE = 256  # inputs per output of the dense kernel
 
 
@@ -49,6 +50,25 @@ def refuse_depthwise(problem: Problem, fmt: Format, target: Target) -> str | Non
     if conv.taps > 64:
         return f"{conv.taps} taps are more than the depthwise kernel unrolls (64)"
     return None
+
+
+def refuse_blocks(problem: Problem, fmt: Format, target: Target) -> str | None:
+    """Why the kernel of blocks does not take this problem."""
+    if (reason := refuse(problem, fmt, target)) is not None:
+        return reason
+    fields = dict(fmt.fields())
+    if fields["c"] != 1 or fields["r"] > MAX_ROWS:
+        return f"blocks of a convolution are 1 to {MAX_ROWS} outputs by one input, not {fields['r']} by {fields['c']}"
+    conv = _geometry(problem)
+    if conv.groups > 1 and problem.out_features // conv.groups % fields["r"]:
+        return f"blocks of {fields['r']} outputs cannot be cut from {problem.out_features // conv.groups} a group"
+    return None
+
+
+def blocks(problem: Problem, fmt: Format, target: Target, isa: str) -> tuple[tuple[Plan, Tile], ...]:
+    """All columns in one step: a load serves a whole block, so that waiting for L2 is hidden by its multiplications."""
+    ((plan, tile),) = dense(problem, fmt, target, isa)
+    return ((plan, tile[:-1]),)
 
 
 def refuse_dense(problem: Problem, fmt: Format, target: Target) -> str | None:

@@ -181,7 +181,8 @@ def _pixels(count: int) -> torch.Tensor:
     if isinstance(chosen, slice):
         return torch.arange(count)
     spread = (chosen * 7919 + 13) % count  # a prime step meets every row and column of an image
-    return torch.unique(torch.cat([chosen[::2], spread[1::2]]))
+    pixels: torch.Tensor = torch.unique(torch.cat([chosen[::2], spread[1::2]]))
+    return pixels
 
 
 def _under_taps(x: torch.Tensor, conv: Conv, image: torch.Tensor, place: torch.Tensor) -> torch.Tensor:

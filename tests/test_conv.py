@@ -126,6 +126,18 @@ def test_every_kernel_agrees_with_torch_and_the_oracle(name: str) -> None:
             held(name, spec, images, weight_of(name, "float32"))
 
 
+@pytest.mark.parametrize(("name", "rows"), [("3x3", 4), ("1x1 in place", 16), ("groups", 3), ("1d", 1)])
+def test_blocks_over_output_channels(name: str, rows: int) -> None:
+    target, wanted = Target.probe(), problem(name)
+    variant = catalog.variant("conv_bsr")
+    fmt = parse(f"bsr(r={rows},c=1,index_bits=16)")
+    (spec,) = variant.specs(wanted, fmt, target)
+    for images in (1, 3):
+        held(name, spec, images, weight_of(name, "float32"))
+    assert "by one input" in (variant.refuse(wanted, parse("bsr(r=2,c=2,index_bits=16)"), target) or "")
+    assert "a group" in (variant.refuse(problem("groups"), parse("bsr(r=4,c=1,index_bits=16)"), target) or "")
+
+
 @pytest.mark.parametrize("isa", ["avx2", "portable"])
 @pytest.mark.parametrize("name", ["3x3", "3x3 stride 2", "depthwise"])
 def test_narrower_instruction_sets(name: str, isa: str) -> None:
