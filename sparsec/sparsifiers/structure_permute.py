@@ -52,7 +52,8 @@ def co_permute(
     Within each permutable group of `dependency_groups`, units change places in all their parameters at once, so that
     rows with similar patterns become neighbours. `score` judges one layer's (out, in) matrix, larger is better; the
     default is `KeptMagnitude(4, 0.5)`. An order is taken only if the mean score of the layers that produce the group
-    rises and none of them falls. The orders are by group name: place i now holds the former unit `order[i]`.
+    rises and none of them falls. Blocks are as long as the score's `block` says, four where it says nothing. The orders
+    are by group name: place i now holds the former unit `order[i]`.
 
     The copy is compared with the model on the example. Raises what `dependency_groups` raises, SpecError for a score
     that gives no finite number, PassError should the outputs differ.
@@ -128,9 +129,11 @@ def _order(group: Group, matrices: _Matrices, score: Score) -> tuple[int, ...] |
     if not layers:
         return None
     start = _scores(layers, list(range(group.size)), score)
+    block = getattr(score, "block", 4)
+    block = block if type(block) is int and block > 0 else 4
     best: tuple[float, list[int]] | None = None
     for gram in (_gram(layers, _magnitudes), _gram(layers, _patterns)):
-        order = _swapped(gram, _clustered(gram, 4), 4)
+        order = _swapped(gram, _clustered(gram, block), block)
         gain = _gain(_scores(layers, order, score), start)
         if gain > 0 and (best is None or gain > best[0]):
             best = gain, order
