@@ -91,7 +91,8 @@ __version__ = "0.1.0"
 
 _FACTORS = (
     "BlockDiagonal", "BlockTerm", "Butterfly", "CP", "Circulant", "Dictionary", "Factor", "Kronecker", "LowRank",
-    "Monarch", "Separable", "Sparse", "SparseProduct", "Sum", "TensorNetwork", "TensorRing", "TensorTrain", "Tucker",
+    "Monarch", "Product", "Separable", "Sparse", "SparseProduct", "Sum", "TensorNetwork", "TensorRing",
+    "TensorTrain", "Tucker",
 )  # fmt: skip
 _LAZY = {  # what a user who only compiles or loads never needs: a third of the time to import
     "sparsify": "sparsec.sparsifiers",
@@ -147,6 +148,7 @@ __all__ = [
     "Pass",
     "PassError",
     "Permuted",
+    "Product",
     "Quantized",
     "Report",
     "Separable",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sparsec.factors.kronecker import Kronecker
     from sparsec.factors.low_rank import LowRank
     from sparsec.factors.monarch import Monarch
+    from sparsec.factors.product import Product
     from sparsec.factors.separable import Separable
     from sparsec.factors.sparse import Sparse
     from sparsec.factors.sparse_product import SparseProduct
@@ -47,6 +48,7 @@ _BUILT_IN = {  # class -> its module, which is also its name in canonical text; 
     "Circulant": "circulant",
     "Dictionary": "dictionary",
     "SparseProduct": "sparse_product",
+    "Product": "product",
     "Sum": "sums",
 }
 _NAMES = {"sum" if module == "sums" else module: cls for cls, module in _BUILT_IN.items()}
@@ -101,6 +103,7 @@ __all__ = [
     "LowRank",
     "Monarch",
     "Operand",
+    "Product",
     "Separable",
     "Shape",
     "Sparse",

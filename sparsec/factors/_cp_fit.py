@@ -149,7 +149,8 @@ def _constrained(
         low, high = (middle, high) if error(middle) <= limit else (low, middle)
         if low > 0 and high <= low * (1 + 1e-9):
             break
-    return ((image / (values + low + tiny)) @ vectors.mT) * scale
+    found: torch.Tensor = ((image / (values + low + tiny)) @ vectors.mT) * scale
+    return found
 
 
 def _als(tensor: torch.Tensor, factors: list[torch.Tensor], sweeps: int) -> tuple[list[torch.Tensor], float]:

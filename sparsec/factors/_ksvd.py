@@ -97,4 +97,5 @@ def _start(signals: torch.Tensor, atoms: int) -> torch.Tensor:
     noise = torch.randn(start.shape, generator=generator, dtype=signals.dtype)
     scale = signals.square().mean().sqrt() * 1e-6
     start = start + (scale if float(scale) > 0 else 1.0) * noise
-    return start / start.norm(dim=1, keepdim=True)
+    unit: torch.Tensor = start / start.norm(dim=1, keepdim=True)
+    return unit

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 _RIDGE = 1e-10  # part of the mean eigenvalue that keeps the root of a singular Gram matrix invertible
-_EXACT = 1024  # up to this smaller dimension the SVD is computed whole
-_POWER = 4
+_EXACT = 512  # up to this smaller dimension the SVD is computed whole
+_POWER = 6
 _SEED = 0x5EED
 
 

@@ -66,7 +66,8 @@ class Circulant(Factor):
         whole = columns.is_complex() or rows.is_complex()
         forward, back = (torch.fft.fft, torch.fft.ifft) if whole else (torch.fft.rfft, torch.fft.irfft)
         product = torch.einsum("zqf,pqf->zpf", forward(rows), forward(columns))
-        return back(product, n=b).reshape(*x.shape[:-1], p * b)
+        found: torch.Tensor = back(product, n=b)
+        return found.reshape(*x.shape[:-1], p * b)
 
     def flops(self, shape: Shape, batch: int) -> int:
         """Of the Fourier form on real x: 2.5 b log2 b a real transform, 8 a complex product that is summed.

@@ -103,16 +103,23 @@ class Sparse(Factor):
         """The bool mask (out, in) of the entries to keep, from scores of the same shape."""
         fields = self.format.fields()
         if self.sparsity is not None:
-            order = torch.argsort(scores.flatten(), descending=True, stable=True)
-            mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-            mask[order[: self.stored(tuple(scores.shape))]] = True
-            return mask.reshape(scores.shape)
+            return _largest(scores.flatten(), self.stored(tuple(scores.shape))).reshape(scores.shape)
         keep, group = (fields["k"], scores.shape[1]) if "k" in fields else (fields["n"], fields["m"])
         short = -scores.shape[1] % group
         padded = torch.nn.functional.pad(scores, (0, short), value=-1.0).reshape(scores.shape[0], -1, group)
         order = torch.argsort(padded, dim=2, descending=True, stable=True)[..., :keep]
         mask = torch.zeros(padded.shape, dtype=torch.bool, device=scores.device).scatter_(2, order, True)
         return mask.flatten(1)[:, : scores.shape[1]].contiguous()
+
+
+def _largest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """The bool mask of the `count` largest of a vector, ties to the earlier; no sort of the whole."""
+    if count == 0:
+        return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+    least = scores.kthvalue(scores.numel() - count + 1).values
+    mask = scores > least
+    mask[(scores == least).nonzero().flatten()[: count - int(mask.sum())]] = True
+    return mask
 
 
 def on_pattern(weight: torch.Tensor, mask: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:

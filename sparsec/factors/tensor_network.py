@@ -205,7 +205,8 @@ class _Search:
         return sum(self.cores[m].numel() // self.ranks[pair] for m in pair)
 
     def _random(self, shape: Shape) -> torch.Tensor:
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64) / prod(shape) ** 0.5
+        found: torch.Tensor = torch.randn(shape, generator=self.generator, dtype=torch.float64) / prod(shape) ** 0.5
+        return found
 
 
 def build(cores: list[torch.Tensor], letters: list[str]) -> torch.Tensor:
