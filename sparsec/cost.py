@@ -2,7 +2,7 @@
 
 Time is a call and the larger of arithmetic and traffic. Each formula below is written once and read twice: with numbers
 it gives microseconds, with sympy's symbols the expression (`expression`). Machine rates are measured (see
-`sparsec.codegen.rates`) or nominal; shares of the peak were fitted to `benchmarks/linear.py`.
+`sparsec.codegen.rates`) or nominal; shares of the peak were set from runs of `benchmarks/linear.py`.
 """
 
 from __future__ import annotations
