@@ -74,6 +74,7 @@ if TYPE_CHECKING:
         Kronecker,
         LowRank,
         Monarch,
+        Product,
         Separable,
         Sparse,
         SparseProduct,
