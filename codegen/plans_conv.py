@@ -177,7 +177,7 @@ def csr_groups_formats(problem: Problem, target: Target) -> tuple[Format, ...]:
     if problem.conv is None or problem.density < 0.08:
         return ()
     taps = problem.conv.taps
-    room = min(MAX_BLOCK, (target.l1d * 3 // 4) // (4 * _columns(target)))
+    room = min(MAX_BLOCK, target.l1d // (4 * _columns(target)))  # all of L1: longer runs of a pattern are worth more
     block = room // taps * taps if taps <= room else room
     return (CSRGroups(min(block, problem.in_features)).resolve(problem.out_features, problem.in_features),)
 
