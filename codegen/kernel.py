@@ -114,7 +114,9 @@ class KernelSpec:
     def parse(cls, text: str) -> KernelSpec:
         """The inverse of `text`. Raises SpecError for text that no KernelSpec printed."""
         try:
-            version, op, variant, fmt, dtype, out, inp, isa, bias, epilogue, plan, fields, tile, *conv = json.loads(text)
+            (
+                version, op, variant, fmt, dtype, out, inp, isa, bias, epilogue, plan, fields, tile, *conv
+            ) = json.loads(text)  # fmt: skip
             spec = cls(
                 op=_str(op), variant=_str(variant), format=_str(fmt), dtype=_str(dtype),
                 out_features=_int(out), in_features=_int(inp), isa=_str(isa), bias=bool(_int(bias)),

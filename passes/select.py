@@ -35,7 +35,7 @@ class Select(Pass):
 
     name = "select"
     requires = ("annotated",)
-    ensures = ("selected",)
+    ensures: tuple[str, ...] = ("selected",)
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         proposals: dict[fx.Node, Proposal] = {}

@@ -47,7 +47,8 @@ def _torch_coo(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def _scipy_csr(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     import scipy.sparse
 
-    return torch.from_numpy((scipy.sparse.csr_array(weight.numpy()) @ x.numpy().T).T)
+    product: torch.Tensor = torch.from_numpy((scipy.sparse.csr_array(weight.numpy()) @ x.numpy().T).T)
+    return product
 
 
 PEERS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {

@@ -15,7 +15,9 @@ SAYS = {
     "separable_field": ("PSNR", "grid equals points: True", "drawn"),
     "cnn": ("conv2d", "fine-tuned", "largest difference", "64 images"),
     "quickstart": ("sparsec report, 3 sites", "largest difference"),
-    "inspect_graph": ("passes: capture, normalise, fold, conv_rewrite, annotate, fuse, factor, select, lower", "lines of C", "picture:"),
+    "inspect_graph": (
+        "passes: capture, normalise, fold, conv_rewrite, annotate, fuse, factor, select, lower", "lines of C", "picture:"
+    ),  # fmt: skip
     "custom_pass": ("fold_scale: 0 multiplications left", "state dict unchanged: True"),
     "custom_backend": ("def k_", "largest difference"),
     "custom_format": ("windows(17)", "WIDTH = 17", "largest difference"),

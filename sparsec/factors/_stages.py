@@ -119,7 +119,7 @@ def stages_of(factor: Factor, shape: Shape) -> Stages:
         last = at == len(terms) - 1
         source, layout = INPUT, term.inputs
         steps = term.steps()
-        for place, (operand, (left, _, right)) in enumerate(zip(term.operands, steps, strict=True)):
+        for place, (operand, (_left, _, right)) in enumerate(zip(term.operands, steps, strict=True)):
             final = place == len(steps) - 1
             onward = term.outputs if final else _layout(right, term.operands[place + 1], steps[place + 1][2])
             size = prod(term.sizes[c] for c in onward)
