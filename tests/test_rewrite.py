@@ -369,3 +369,22 @@ def test_engines_agree(engine: str):
     run_passes(gm, [Normalise(), Rewrite(engine=engine)], Context(options=Options(tune="off")))
     assert calls(gm) == ["linear"]
     close(model, gm, x)
+
+
+@pytest.mark.parametrize("shapes", [None, "batch"])
+def test_a_transformer_keeps_its_outputs_and_its_state_dict(shapes: Any):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+                                     vocab_size=50)  # fmt: skip
+    model = transformers.BertModel(config).eval()
+    ids = torch.randint(0, 50, (3, 5))
+    passes = sparsec.DEFAULT.insert_before("annotate", Rewrite())
+    cm = sparsec.compile(model, None, example_kwargs={"input_ids": ids}, dynamic_shapes=shapes, passes=passes,
+                         tune="off")  # fmt: skip
+    report = sparsec.report(cm)
+    names = [r.site for r in report.rows if "attention.self" in r.site]
+    assert names == ["encoder.layer.0.attention.self.query"] and "attention.self.value rewritten by" in report.notes[0]
+    ids = ids if shapes is None else torch.randint(0, 50, (4, 5))
+    torch.testing.assert_close(cm(input_ids=ids).last_hidden_state, model(input_ids=ids).last_hidden_state)
+    state = sparsec.dense_state_dict(cm)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
