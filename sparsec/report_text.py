@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import io
 from collections.abc import Iterable
 from html import escape
@@ -67,10 +68,7 @@ def cells(row: Row) -> tuple[str, ...]:
 
 def compact(fmt: str) -> str:
     """A format's canonical text without its field names: `csr(index_bits=16,block=128)` -> `csr(16,128)`."""
-    head, opened, inner = fmt.partition("(")
-    if not opened:
-        return head
-    return head + "(" + ",".join(part.rpartition("=")[2] for part in inner.split(",")).replace(" ", "")
+    return re.sub(r"\w+=|\s", "", fmt)
 
 
 def reasons(report: Report) -> list[tuple[str, str, list[str]]]:

@@ -32,9 +32,9 @@ def test_the_limit_follows_the_working_set():
 def test_the_measuring_loops_compute_what_they_say():
     loops = limits.library()
     lanes = loops.lanes()
-    data = torch.cat([torch.full((lanes,), v) for v in (0.5, 1.0, 2.0)])
+    data = torch.cat([torch.full((lanes,), v) for v in (0.5, 1.0, *(2.0 * i for i in range(12)))])
     loops.multiply_add(data.data_ptr(), 1)
-    assert data[:lanes].tolist() == [12 * 2.0] * lanes, "12 chains of 2 * 0.5 + 1"
+    assert data[:lanes].tolist() == [12 + sum(range(12))] * lanes, "chains of 2 i * 0.5 + 1, i < 12"
     values, sink = torch.ones(64 * lanes), torch.zeros(lanes)
     loops.read_all(values.data_ptr(), values.numel(), 3, sink.data_ptr())
     assert sink.sum().item() == 3 * 64 * lanes

@@ -16,8 +16,10 @@ SAYS = {
     "cnn": ("conv2d", "fine-tuned", "largest difference", "64 images"),
     "quickstart": ("sparsec report, 3 sites", "largest difference"),
     "inspect_graph": (
-        "passes: capture, normalise, fold, conv_rewrite, annotate, fuse, factor, select, lower", "lines of C", "picture:"
-    ),  # fmt: skip
+        "passes: capture, normalise, fold, conv_rewrite, annotate, fuse, factor, select, lower",
+        "lines of C",
+        "picture:",
+    ),
     "custom_pass": ("fold_scale: 0 multiplications left", "state dict unchanged: True"),
     "custom_backend": ("def k_", "largest difference"),
     "custom_format": ("windows(17)", "WIDTH = 17", "largest difference"),
