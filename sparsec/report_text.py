@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import io
+import re
 from collections.abc import Iterable
 from html import escape
 from typing import TYPE_CHECKING
