@@ -317,7 +317,8 @@ def test_an_exported_model_without_memory_says_so_at_every_allocation(tmp_path: 
         statuses.append(done.returncode)
         if done.returncode == 0:
             break
-        assert done.returncode in (10, 11) and not done.stderr.strip(), done.stderr
+        said = done.stderr.strip()
+        assert done.returncode in (10, 11) and said in ("", "ValueError: out of memory for scratch"), done.stderr
     assert statuses.count(10) >= 2 and statuses.count(11) >= 2 and statuses[-1] == 0
 
 
