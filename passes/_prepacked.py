@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from sparsec import codes, verify
+from sparsec.aten import arguments
 from sparsec.codegen.kernel import DTYPES, KernelSpec, Problem
 from sparsec.driver import Context
 from sparsec.graph import Fact, epilogue_nodes
@@ -92,7 +93,8 @@ def install(gm: fx.GraphModule, node: fx.Node, choice: Prepacked) -> None:
     absorbed, residual = epilogue_nodes(gm, node)
     chain = [node, *absorbed]
     last = chain[-1]
-    x, weight, bias = (*node.args, None)[:3]
+    bound = arguments(node)  # by name: a bias that a pass has added may be a keyword
+    x, weight, bias = bound["input"], bound["weight"], bound["bias"]
     with gm.graph.inserting_before(last):
         new = gm.graph.call_function(prepacked.PREPACKED, (x, weight, bias, residual, choice.kernel.text()))
     new.meta = {**node.meta, "val": last.meta.get("val", node.meta.get("val"))}

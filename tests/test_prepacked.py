@@ -144,6 +144,16 @@ def test_a_prepacked_product_that_is_wrong_is_not_installed(
     assert {r.code for r in sparsec.analyze(model(), None, (x,)).rows} == {codes.TOO_DENSE}
 
 
+def test_a_bias_that_folding_added_is_kept(clock: Callable[[dict[str, float]], None], x: torch.Tensor) -> None:
+    clock({"dense": 100.0, "sparse": 90.0, "prepacked": 50.0})
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 32, bias=False), nn.BatchNorm1d(32)).eval().requires_grad_(False)
+    net[1].bias.copy_(torch.randn(32))  # type: ignore[operator,union-attr]
+    compiled = sparsec.compile(net, example_inputs=(x,))
+    assert [row.variant for row in sparsec.report(compiled).rows] == [prepacked.VARIANT]
+    torch.testing.assert_close(compiled(x), net(x))
+
+
 def test_it_survives_deepcopy_state_dicts_and_files(cm: nn.Module, x: torch.Tensor, tmp_path: Path) -> None:
     want = cm(x)
     assert torch.equal(copy.deepcopy(cm)(x), want)
