@@ -59,7 +59,7 @@ def test_specs_are_complete_and_parse_back(variant: catalog.Variant, target: Tar
     for spec in specs:
         assert KernelSpec.parse(spec.text()) == spec
         assert spec.isa in target.isas and spec.variant == variant.name and spec.epilogue == problem.epilogue
-        assert spec.format == fmt.resolve(384, 1536).text() and spec.fields == catalog._fields(fmt.resolve(384, 1536))
+        assert spec.format == fmt.resolve(384, 1536).text() and spec.fields == catalog.fields_of(fmt.resolve(384, 1536))
         limits = [limit for limit, _, _ in spec.plan]
         assert limits[-1] == 0 and limits[:-1] == sorted(set(limits[:-1])) and 0 not in limits[:-1]
     again = variant.specs(problem, fmt, target)
@@ -180,7 +180,7 @@ def test_unknown_names_list_the_nearest() -> None:
     with pytest.raises(SpecError, match="no backend 'cc'; nearest: 'c'"):
         catalog.backend("cc")
     with pytest.raises(SpecError, match="field 'shape' is"):
-        catalog._fields(_Tupled())
+        catalog.fields_of(_Tupled())
 
 
 @dataclass(frozen=True)
