@@ -32,8 +32,7 @@ BLOCK = (4, 4)  # of BSR, where both sizes are multiples of it
 
 
 def _torch_csr(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    y: torch.Tensor = weight.to_sparse_csr() @ x.t()
-    return y.t()
+    return torch.mm(weight.to_sparse_csr(), x.t()).t()
 
 
 def _torch_bsr(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
