@@ -32,8 +32,8 @@ BLOCK = (4, 4)  # of BSR, where both sizes are multiples of it
 
 
 def _torch_csr(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    packed: torch.Tensor = weight.to_sparse_csr()
-    return torch.mm(packed, x.t()).t()
+    y: torch.Tensor = (weight.to_sparse_csr() @ x.t()).t()
+    return y
 
 
 def _torch_bsr(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
