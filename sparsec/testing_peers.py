@@ -37,7 +37,8 @@ def _torch_csr(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def _torch_bsr(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.linear(x, weight.to_sparse_bsr(BLOCK))
+    y: torch.Tensor = torch.nn.functional.linear(x, weight.to_sparse_bsr(BLOCK))
+    return y
 
 
 def _torch_coo(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
