@@ -37,12 +37,12 @@ def _torch_csr(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def _torch_bsr(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    y: torch.Tensor = torch.nn.functional.linear(x, weight.to_sparse_bsr(BLOCK))
-    return y
+    return torch.nn.functional.linear(x, weight.to_sparse_bsr(BLOCK))
 
 
 def _torch_coo(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return torch.sparse.mm(weight.to_sparse_coo(), x.t()).t()
+    y: torch.Tensor = torch.sparse.mm(weight.to_sparse_coo(), x.t())
+    return y.t()
 
 
 def _scipy_csr(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
