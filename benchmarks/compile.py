@@ -50,7 +50,8 @@ def compile_once() -> dict[str, Any]:
     for row in report.rows:
         if row.decision == "sparse":
             weight = pruned.get_parameter(f"{row.site}.weight")
-            formula = parse(row.format).nbytes(*weight.shape, int(weight.count_nonzero()), weight.element_size())
+            fmt = parse(row.format)
+            formula = fmt.nbytes(*weight.shape, fmt.stored(weight.detach()), weight.element_size())
             worst = max(worst, abs(row.nbytes / formula - 1))
     totals = report.totals()
     return {

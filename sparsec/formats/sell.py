@@ -10,8 +10,8 @@ import torch
 
 from sparsec.errors import FormatError, SpecError
 from sparsec.formats import _check
-from sparsec.formats._base import Buffers, Format
-from sparsec.formats._pack import numpy_view, pointers_of, torch_view
+from sparsec.formats._base import Buffers, Format, pattern
+from sparsec.formats._pack import count_per_block, numpy_view, pointers_of, torch_view
 
 ROWS = 4  # rows of a slice
 MAX_BLOCK = 255  # places are bytes, and place 0 is the slot of zeros
@@ -77,12 +77,10 @@ class SELL(Format):
     def _window(self, source: np.ndarray, bits: np.ndarray, cols: int) -> tuple[np.ndarray, ...]:
         """values, indices, counts, rows and entries per segment of one window."""
         block, blocks = self._blocks(cols)
-        height = -(-source.shape[0] // ROWS) * ROWS
+        lengths, order, counts = self._lengths(bits)
+        height = lengths.shape[0]
         row, column = np.nonzero(bits)
         where, offset = column // block, column % block
-        lengths = np.bincount(row * blocks + where, minlength=height * blocks).reshape(height, blocks)
-        order = np.argsort(-lengths, axis=0, kind="stable")
-        counts = np.take_along_axis(lengths, order, axis=0)[::ROWS].T  # [block, slice], the longest of each slice
         begins = np.concatenate([[0], np.cumsum(counts.reshape(-1))])
         place = np.empty_like(order)
         np.put_along_axis(place, order, np.arange(height)[:, None], axis=0)
@@ -94,6 +92,15 @@ class SELL(Format):
         values[entry * ROWS + here % ROWS] = source[row, column]
         indices[entry * ROWS + here % ROWS] = offset + 1
         return values, indices, counts.reshape(-1).astype(np.uint8), order.T.reshape(-1).astype(np.uint8), counts.sum(1)
+
+    def _lengths(self, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Entries of a window's rows in each block [row, block], the rows by length, and [block, slice] the longest."""
+        block, blocks = self._blocks(bits.shape[1])
+        height = -(-bits.shape[0] // ROWS) * ROWS
+        lengths = np.zeros((height, blocks), np.int64)
+        lengths[: bits.shape[0]] = count_per_block(bits, block)
+        order = np.argsort(-lengths, axis=0, kind="stable")
+        return lengths, order, np.take_along_axis(lengths, order, axis=0)[::ROWS].T
 
     def unpack(self, buffers: Buffers, rows: int, cols: int) -> torch.Tensor:
         source = numpy_view(buffers["values"])
@@ -127,16 +134,19 @@ class SELL(Format):
         self._valid_rows(numpy_view(buffers["rows"]), slices, blocks)
         self._valid_places(buffers, rows, cols)
 
-    def nbytes(self, rows: int, cols: int, stored: int, itemsize: int) -> int:
-        """As `bytes_of` with no filling: a lower bound, 1 to 3 % below what random patterns take."""
-        return self.bytes_of(rows, cols, -(-stored // ROWS), itemsize)
+    def stored(self, dense: torch.Tensor) -> int:
+        bits = numpy_view(pattern(dense))
+        return ROWS * sum(
+            int(self._lengths(bits[at : at + self.window])[2].sum()) for at in range(0, bits.shape[0], self.window)
+        )
 
-    def bytes_of(self, rows: int, cols: int, entries: int, itemsize: int) -> int:
-        """Exact bytes of slices with `entries` entries of four values altogether."""
+    def nbytes(self, rows: int, cols: int, stored: int, itemsize: int) -> int:
+        """Exact bytes for `stored` values, filling included: 1 to 2 % more than nonzeros where these lie at random, up
+        to a tenth more in trained weights at 90 % zeros."""
         _, blocks = self._blocks(cols)
         slices = self._slices(rows)
         listed = int(slices.sum()) * blocks * (1 + ROWS)
-        return entries * ROWS * (itemsize + 1) + listed + 4 * (slices.size * blocks + 1)
+        return -(-stored // ROWS) * ROWS * (itemsize + 1) + listed + 4 * (slices.size * blocks + 1)
 
     def _blocks(self, cols: int) -> tuple[int, int]:
         """Columns of a block, number of blocks."""
