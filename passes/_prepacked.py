@@ -18,7 +18,7 @@ from sparsec import codes, verify
 from sparsec.aten import arguments
 from sparsec.codegen.kernel import DTYPES, KernelSpec, Problem
 from sparsec.driver import Context
-from sparsec.graph import Fact, epilogue_nodes
+from sparsec.graph import Fact, epilogue_nodes, take_over
 from sparsec.ops import prepacked
 from sparsec.report import Row
 
@@ -91,13 +91,8 @@ def report(row: Row, dense: Sequence[float], packed: Sequence[float]) -> Row:
 def install(gm: fx.GraphModule, node: fx.Node, choice: Prepacked) -> None:
     """Insert the op behind the last absorbed node, move all uses to it, erase what it replaces."""
     absorbed, residual = epilogue_nodes(gm, node)
-    chain = [node, *absorbed]
-    last = chain[-1]
     bound = arguments(node)  # by name: a bias that a pass has added may be a keyword
     x, weight, bias = bound["input"], bound["weight"], bound["bias"]
-    with gm.graph.inserting_before(last):
+    with gm.graph.inserting_before(absorbed[-1] if absorbed else node):
         new = gm.graph.call_function(prepacked.PREPACKED, (x, weight, bias, residual, choice.kernel.text()))
-    new.meta = {**node.meta, "val": last.meta.get("val", node.meta.get("val"))}
-    last.replace_all_uses_with(new)
-    for old in reversed(chain):
-        gm.graph.erase_node(old)
+    take_over(new, node, absorbed)

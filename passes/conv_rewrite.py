@@ -12,7 +12,7 @@ from torch import fx
 
 from sparsec.aten import arguments, opname
 from sparsec.driver import Context, Pass
-from sparsec.graph import KEY, constant_nodes, fold_constants, get_constant, owner
+from sparsec.graph import KEY, constant_nodes, fold_constants, get_constant, move_to_front, owner
 
 aten = torch.ops.aten
 _RANKS = {"aten::conv1d": 1, "aten::conv2d": 2, "aten::conv3d": 3}
@@ -159,10 +159,7 @@ def _again(
 ) -> fx.Node:
     """A convolution like `conv` over other operands; its rank follows from the strides."""
     bias = conv.bias
-    if bias is not None and bias.op == "get_attr":  # it may stand behind `before`
-        first = next(n for n in before.graph.nodes if n.op != "placeholder")
-        if first is not bias:
-            first.prepend(bias)
+    move_to_front(bias)  # it may stand behind `before`
     with before.graph.inserting_before(before):
         args = (x, weight, bias, list(stride), list(padding), list(dilation), conv.groups)
         new = before.graph.call_function(_CONV[len(stride)], args)

@@ -11,7 +11,7 @@ from torch import fx
 
 from sparsec.aten import arguments, opname, set_argument
 from sparsec.driver import Context, Pass
-from sparsec.graph import constant_nodes, fold_constants, get_constant, trace_into
+from sparsec.graph import constant_nodes, fold_constants, get_constant, move_to_front, trace_into
 
 aten = torch.ops.aten
 
@@ -118,7 +118,7 @@ def _fold_norm(gm: fx.GraphModule, norm: _Norm) -> None:
     dtype = get_constant(gm, str(weight.target)).dtype
     rank = get_constant(gm, str(weight.target)).dim()
     for operand in (gamma, beta, mean, var):
-        _move_before(operand, norm.carrier)
+        move_to_front(operand)  # statistics may be read behind the carrier
     scale = trace_into(norm.carrier, _scale, var, gamma, norm.eps)
     set_argument(norm.carrier, "weight", trace_into(norm.carrier, _scaled, weight, scale, rank, dtype))
     set_argument(norm.carrier, "bias", trace_into(norm.carrier, _shifted, bias, mean, scale, beta, dtype))
@@ -128,14 +128,6 @@ def _fold_norm(gm: fx.GraphModule, norm: _Norm) -> None:
         for out in norm.output:
             gm.graph.erase_node(out)
     gm.graph.erase_node(norm.node)
-
-
-def _move_before(operand: fx.Node | None, node: fx.Node) -> None:
-    """Statistics may be read behind the carrier: a get_attr moves freely."""
-    if operand is not None and operand.op == "get_attr":
-        first = next(n for n in node.graph.nodes if n.op != "placeholder")
-        if first is not operand:
-            first.prepend(operand)
 
 
 def _wide(x: Any) -> Any:
@@ -172,7 +164,7 @@ def _fold_offset(gm: fx.GraphModule, node: fx.Node, known: dict[fx.Node, None]) 
             continue
         wide, vector = get_constant(gm, str(weight.target)), get_constant(gm, str(offset.target))
         if vector.shape == wide.shape[:1] and vector.dtype == wide.dtype:
-            _move_before(offset, carrier)
+            move_to_front(offset)
             carrier.args = (*carrier.args[:2], offset)
             node.replace_all_uses_with(carrier)
             gm.graph.erase_node(node)

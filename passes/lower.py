@@ -7,7 +7,16 @@ from torch import fx
 from sparsec.aten import arguments
 from sparsec.driver import Context, Pass
 from sparsec.formats import Format
-from sparsec.graph import Constant, add_constant, constants, drop_dead_constants, epilogue_nodes, get_constant, sites
+from sparsec.graph import (
+    Constant,
+    add_constant,
+    constants,
+    drop_dead_constants,
+    epilogue_nodes,
+    get_constant,
+    sites,
+    take_over,
+)
 from sparsec.install import Installed, ledger
 from sparsec.passes import _prepacked, _product
 from sparsec.passes._trial import Choice
@@ -64,11 +73,9 @@ def _replace(gm: fx.GraphModule, node: fx.Node, names: tuple[str, ...], choice: 
     """Insert the op behind the last absorbed node, move all uses to it, erase what it replaces."""
     node_input = node.args[0]
     absorbed, residual = epilogue_nodes(gm, node)
-    chain = [node, *absorbed]
-    last = chain[-1]
     bound = arguments(node)
     weight, bias = bound["weight"], bound["bias"]
-    with gm.graph.inserting_before(last):
+    with gm.graph.inserting_before(absorbed[-1] if absorbed else node):
         buffers = [gm.graph.get_attr(name) for name in names]
         for getter, tensor in zip(buffers, choice.buffers.values(), strict=True):
             getter.meta["val"] = tensor
@@ -81,10 +88,7 @@ def _replace(gm: fx.GraphModule, node: fx.Node, names: tuple[str, ...], choice: 
             new = gm.graph.call_function(op, (*head, weight, *tail, flat))
         else:
             new = gm.graph.call_function(op, (*head, *tail))
-    new.meta = {**node.meta, "val": last.meta.get("val", node.meta.get("val"))}
-    last.replace_all_uses_with(new)
-    for old in reversed(chain):
-        gm.graph.erase_node(old)
+    take_over(new, node, absorbed)
     for unread in (node_input, weight):  # a folded pad, a weight without a dense range
         if isinstance(unread, fx.Node) and unread.op != "placeholder" and not unread.users:
             gm.graph.erase_node(unread)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from sparsec.aten import arguments, opname
 from sparsec.codegen import tune
 from sparsec.driver import Context
-from sparsec.graph import constant_nodes, get_constant, site_names, trace_into
+from sparsec.graph import constant_nodes, get_constant, move_to_front, site_names, trace_into
 from sparsec.passes.rewrite_graph import place
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def _merge(gm: fx.GraphModule, group: Sequence[fx.Node]) -> None:
     bounds = [arguments(n) for n in group]
     operands = [b[key] for b in bounds for key in ("weight", "bias") if b[key] is not None]
     for operand in operands:
-        _before(operand, first)
+        move_to_front(operand)
     weight = trace_into(first, lambda *w: aten.cat.default(list(w)), *(b["weight"] for b in bounds))
     bias = None
     if bounds[0]["bias"] is not None:
@@ -175,10 +175,5 @@ def _merge(gm: fx.GraphModule, group: Sequence[fx.Node]) -> None:
         gm.graph.erase_node(node)
 
 
-def _before(operand: fx.Node, node: fx.Node) -> None:
-    """A get_attr may be read behind `node`; it moves freely to the front."""
-    first = next(n for n in node.graph.nodes if n.op != "placeholder")
-    if first is not operand:
-        first.prepend(operand)
 
 

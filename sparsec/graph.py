@@ -219,6 +219,23 @@ def constant_node(gm: fx.GraphModule, name: str, before: fx.Node) -> fx.Node:
         return gm.graph.get_attr(name)
 
 
+def move_to_front(operand: fx.Node | None) -> None:
+    """Make a get_attr readable from everywhere: it depends on nothing, so it moves freely. Other nodes stay."""
+    if operand is not None and operand.op == "get_attr":
+        first = next(n for n in operand.graph.nodes if n.op != "placeholder")
+        if first is not operand:
+            first.prepend(operand)
+
+
+def take_over(new: fx.Node, node: fx.Node, absorbed: Sequence[fx.Node]) -> None:
+    """Let `new` stand for a site and what it absorbed: their uses, the meta of the one, the value of the last."""
+    last = absorbed[-1] if absorbed else node
+    new.meta = {**node.meta, "val": last.meta.get("val", node.meta.get("val"))}
+    last.replace_all_uses_with(new)
+    for old in (*reversed(absorbed), node):
+        node.graph.erase_node(old)
+
+
 def trace_into(before: fx.Node, function: Callable[..., Any], *args: Any) -> fx.Node:
     """Insert before `before` the calls that `function` makes on `args`; nodes among them act as tensors."""
     graph = before.graph
