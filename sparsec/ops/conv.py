@@ -17,6 +17,7 @@ from sparsec import verify
 from sparsec.codegen.build import get_kernel
 from sparsec.codegen.kernel import DTYPES, Conv, KernelSpec
 from sparsec.errors import InputError, SpecError
+from sparsec.ops.linear import GRADIENT, retry
 
 _LIBRARY = torch.library.Library("sparsec", "FRAGMENT")
 _LIBRARY.define("conv(Tensor x, Tensor[] weight, Tensor? bias, Tensor? residual, str kernel) -> Tensor")
@@ -59,10 +60,7 @@ def _conv(
 ) -> torch.Tensor:
     handle = _HANDLES.get(kernel) or _handle(kernel)
     if x.requires_grad and torch.is_grad_enabled():
-        raise InputError(
-            "a gradient is wanted through a model compiled for inference; compile with training=True, "
-            "or call it under torch.no_grad()"
-        )
+        raise InputError(GRADIENT)
     if x.shape[-len(handle.image) :] != handle.image or x.dim() - len(handle.image) not in (0, 1):
         raise InputError(_shape_error(x, handle))
     y = torch.empty((*x.shape[: x.dim() - len(handle.image)], *handle.out), dtype=x.dtype, device=x.device)
@@ -71,27 +69,8 @@ def _conv(
     try:
         handle.call(x, y, bias, residual, *weight)
     except ValueError as refusal:
-        _retry(handle, refusal, x, y, bias, residual, weight)
+        retry(handle.call, refusal, x, y, bias, residual, weight, lambda why: _explain(x, weight, handle, why))
     return y
-
-
-def _retry(
-    handle: _Handle,
-    refusal: ValueError,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    weight: list[torch.Tensor],
-) -> None:
-    """Once more in C order (channels_last is another); raises InputError that says what does not fit otherwise."""
-    strided = not x.is_contiguous() or (residual is not None and not residual.is_contiguous())
-    try:
-        if not strided:
-            raise refusal
-        handle.call(x.contiguous(), y, bias, residual.contiguous() if residual is not None else None, *weight)
-    except ValueError as error:
-        raise InputError(_explain(x, weight, handle, str(error))) from error
 
 
 def _shape_error(x: torch.Tensor, handle: _Handle) -> str:

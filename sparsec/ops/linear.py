@@ -26,6 +26,12 @@ _LIBRARY.define(
 )
 
 
+GRADIENT = (
+    "a gradient is wanted through a model compiled for inference; compile with training=True, "
+    "or call it under torch.no_grad()"
+)
+
+
 class _Handle(NamedTuple):
     """What a call needs from a kernel, looked up once per text."""
 
@@ -50,17 +56,14 @@ def _linear(
     again only when it refuses."""
     handle = _HANDLES.get(kernel) or _handle(kernel)
     if x.requires_grad and torch.is_grad_enabled():
-        raise InputError(
-            "a gradient is wanted through a model compiled for inference; compile with training=True, "
-            "or call it under torch.no_grad()"
-        )
+        raise InputError(GRADIENT)
     y = _output(x, handle)
     if residual is not None and residual.shape != y.shape:
         raise InputError(f"residual has shape {tuple(residual.shape)}, the output {tuple(y.shape)}")
     try:
         handle.call(x, y, bias, residual, *weight)
     except ValueError as refusal:
-        _retry(handle, refusal, x, y, bias, residual, weight)
+        retry(handle.call, refusal, x, y, bias, residual, weight, lambda why: _explain(x, weight, handle.spec, why))
     return y
 
 
@@ -75,23 +78,25 @@ def _output(x: torch.Tensor, handle: _Handle) -> torch.Tensor:
     return x.new_empty((*shape[:-1], out))
 
 
-def _retry(
-    handle: _Handle,
+def retry(
+    call: Callable[..., Any],
     refusal: ValueError,
     x: torch.Tensor,
     y: torch.Tensor,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     weight: list[torch.Tensor],
+    explain: Callable[[str], str],
 ) -> None:
-    """Once more with contiguous activations; raises InputError that says what does not fit when that is not it."""
+    """Once more with x and residual in C order (channels_last is another one too); when that was not the reason, an
+    InputError with what `explain` makes of the kernel's refusal."""
     strided = not x.is_contiguous() or (residual is not None and not residual.is_contiguous())
     try:
         if not strided:
             raise refusal
-        handle.call(x.contiguous(), y, bias, residual.contiguous() if residual is not None else None, *weight)
+        call(x.contiguous(), y, bias, residual.contiguous() if residual is not None else None, *weight)
     except ValueError as error:
-        raise InputError(_explain(x, weight, handle.spec, str(error))) from error
+        raise InputError(explain(str(error))) from error
 
 
 def _linear_buckets(

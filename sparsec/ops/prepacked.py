@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from sparsec import verify
 from sparsec.codegen.kernel import DTYPES, KernelSpec, Step
 from sparsec.errors import InputError
-from sparsec.ops.linear import autocast
+from sparsec.ops.linear import GRADIENT, autocast
 
 VARIANT = "linear_prepacked"
 """The variant of a prepacked KernelSpec. It is no line of the catalogue: there is nothing to generate."""
@@ -128,10 +128,7 @@ def _prepacked(
     if x.dtype is not plan.dtype or weight.dtype is not plan.dtype or x.shape[-1:] != weight.shape[1:]:
         raise InputError(_explain(x, weight, plan.dtype))
     if x.requires_grad and torch.is_grad_enabled():
-        raise InputError(
-            "a gradient is wanted through a model compiled for inference; compile with training=True, "
-            "or call it under torch.no_grad()"
-        )
+        raise InputError(GRADIENT)
     if x.numel() == 0:
         return verify.apply_steps(_epilogue(kernel), F.linear(x, weight, bias), residual)
     if plan.adds:
