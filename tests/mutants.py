@@ -52,6 +52,8 @@ _READERS: tuple[Stage, ...] = (
     ("test_save.py",),
     ("test_hostile.py",),
 )
+_STRUCTURED: Stage = ("test_formats_structured.py", "-k", "not kernels")
+_CONVOLUTIONS: tuple[Stage, ...] = (("test_conv.py", "-k", "agrees or layout or geometry"), ("test_conv.py",))
 TESTS: dict[str, tuple[Stage, ...]] = {
     "sparsec/formats/_check.py": (("test_formats.py",), ("test_formats_regular.py", "test_hostile.py")),
     "sparsec/formats/_pack.py": (("test_formats.py",), ("test_formats_regular.py",)),
@@ -62,7 +64,19 @@ TESTS: dict[str, tuple[Stage, ...]] = {
     "sparsec/formats/fan_in.py": (("test_formats_regular.py",), *_kernels("fan_in")),
     "sparsec/formats/quantized.py": (("test_formats_quantized.py",), *_kernels("quantized")),
     "sparsec/formats/csr_groups.py": (("test_formats_csr_groups.py",), *_kernels("csr_groups")),
+    "sparsec/formats/sell.py": (("test_formats_sell.py",), *_kernels("sell")),
+    "sparsec/formats/nmg.py": (_STRUCTURED, *_kernels("nmg")),
+    "sparsec/formats/block_nm.py": (_STRUCTURED, *_kernels("block_nm")),
+    "sparsec/formats/permuted.py": (_STRUCTURED, *_kernels("permuted_bsr")),
+    "sparsec/formats/sum.py": (_STRUCTURED, *_kernels("sum")),
     "sparsec/formats/__init__.py": (("test_format_text.py",),),
+    "sparsec/points/rulebook.py": (("test_points.py",),),
+    "sparsec/factors/chain.py": (("test_chain.py", "-k", "not memory"),),
+    "sparsec/algebra/rules_linear.py": (("test_algebra_rules.py",), ("test_rewrite.py",)),
+    "sparsec/algebra/rules_layers.py": (("test_algebra_rules.py",), ("test_rewrite.py",)),
+    "sparsec/algebra/rules_structure.py": (("test_algebra_rules.py",), ("test_rewrite.py",)),
+    "sparsec/contract.py": (("test_contract.py",), ("test_graph_fuzz.py",)),
+    "codegen/conv.py": _CONVOLUTIONS,
     "codegen/kernel.py": (("test_render.py", "test_catalog.py"), ("test_fuzz.py", "-k", "share")),
     "codegen/render.py": (("test_render.py",),),
     "codegen/cache.py": (("test_cache.py",), ("test_cache_soak.py", "test_faults.py")),
@@ -76,6 +90,7 @@ TESTS: dict[str, tuple[Stage, ...]] = {
     "passes/fuse.py": (("test_fuse.py",), ("test_graph_fuzz.py",)),
     "passes/fold.py": (("test_fold.py",), ("test_graph_fuzz.py",)),
     "passes/normalise.py": (("test_normalise.py",), ("test_graph_fuzz.py",)),
+    "passes/conv_rewrite.py": (("test_conv_rewrite.py",),),
     "templates/linear_csr.c.jinja": _kernels("csr"),
     "templates/linear_bitmask.c.jinja": _kernels("bitmask"),
     "templates/linear_bsr.c.jinja": _kernels("bsr"),
@@ -83,6 +98,18 @@ TESTS: dict[str, tuple[Stage, ...]] = {
     "templates/linear_fan_in.c.jinja": _kernels("fan_in"),
     "templates/linear_quantized.c.jinja": _kernels("quantized"),
     "templates/linear_csr_groups.c.jinja": _kernels("csr_groups"),
+    "templates/linear_sell.c.jinja": _kernels("sell"),
+    "templates/linear_nmg.c.jinja": _kernels("nmg"),
+    "templates/linear_block_nm.c.jinja": _kernels("block_nm"),
+    "templates/_quad.c.jinja": _kernels("sell"),
+    "templates/_conv.c.jinja": _CONVOLUTIONS,
+    "templates/conv_csr.c.jinja": _CONVOLUTIONS,
+    "templates/conv_csr_groups.c.jinja": _CONVOLUTIONS,
+    "templates/conv_bsr.c.jinja": (("test_conv.py", "-k", "blocks or dilation"), ("test_conv.py",)),
+    "templates/conv_depthwise.c.jinja": (("test_conv.py", "-k", "depthwise"), ("test_conv.py",)),
+    "templates/conv_dense.c.jinja": _CONVOLUTIONS,
+    "templates/chain.c.jinja": (("test_chain.py", "-k", "every_batch or every_epilogue"), ("test_chain.py",)),
+    "templates/gather_gemm.c.jinja": (("test_points.py",),),
     "templates/_panel.c.jinja": _SHARED,
     "templates/_gemv.c.jinja": _SHARED,
     "templates/_threads.c.jinja": _SHARED,
@@ -115,7 +142,20 @@ BY_HAND: tuple[tuple[str, str, str], ...] = (
     ("sparsec/formats/_check.py", "rises = indices[1:] > indices[:-1]", "rises = indices[1:] >= indices[:-1]"),
     ("sparsec/formats/_check.py", "if array[-1] != total:", "if array[-1] > total:"),
     ("sparsec/verify.py", "8 + 2 * count**0.5", "8 + 2 * count**2"),
-    ("passes/fold.py", "return 1", "return 0"),
+    ("passes/fold.py", 'node.kwargs.get("alpha", 1) != 1 or ', ""),  # x + 2 b becomes x + b
+    ("templates/conv_csr.c.jinja", "if (resume) {", "if (0) {"),  # only the last blocks of columns count
+    ("templates/conv_csr.c.jinja", "if (p < end) {", "if (p + 1 < end) {"),
+    ("templates/conv_csr.c.jinja", "a->indices[p + 1] - k0", "a->indices[p + 1]"),
+    ("templates/_conv.c.jinja", "zeros(to, first - low);", ";"),  # padding in front holds what was there
+    ("templates/_conv.c.jinja", "zeros(to + (last - low), high - last);", ";"),
+    ("templates/linear_sell.c.jinja", "memset(packed, 0, ", "if (0) memset(packed, 0, "),  # the slot of zeros
+    ("templates/linear_sell.c.jinja", "memset(sums, 0, ", "if (0) memset(sums, 0, "),
+    ("templates/linear_sell.c.jinja", "g < slices && count[g]", "g + 1 < slices && count[g]"),
+    (
+        "sparsec/formats/sell.py",
+        "indices[entry * ROWS + here % ROWS] = offset + 1",
+        "indices[entry * ROWS + here % ROWS] = offset",
+    ),
 )
 """(file, text, what it becomes): the first place where the text stands."""
 
