@@ -1,7 +1,8 @@
-"""`export_c`: a compiled chain of sparse linear layers as C, with its weights and no Python at run time."""
+"""`export_c`: a compiled chain of sparse linear layers and convolutions as C, with its weights and without Python."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from sparsec.target import ISAS
 _ALIGN = 64
 _CODES = {torch.float32: (2, 32), torch.bfloat16: (4, 16), torch.float16: (2, 16)}
 _MOST = 12  # buffers of one kernel
+_STEPS = (torch.ops.sparsec.linear.default, torch.ops.sparsec.conv.default)
+_VIEWS = ("view", "_unsafe_view", "reshape", "flatten")
 
 
 def export_c(cm: nn.Module, folder: str | Path) -> Path:
@@ -24,10 +27,12 @@ def export_c(cm: nn.Module, folder: str | Path) -> Path:
 
     `model.h` declares `model_open(weights)`, `model_run(model, x, batch, y)` and `model_close`; beside it lie
     `model.c`, one file per kernel, `weights.bin`, `CMakeLists.txt`, and a header that stands in for tvm-ffi. The code
-    needs an OpenMP runtime and the instruction sets the kernels were generated for, and takes any batch.
+    needs an OpenMP runtime and the instruction sets the kernels were generated for, and takes any batch; an element of
+    it is a row of MODEL_INPUTS values, for a convolution a whole image (channels, *size) in C order.
 
-    Raises SpecError unless the model is one graph that maps one tensor to one tensor through generated kernels alone:
-    force them with min_speedup=0 and a spec that leaves no layer dense.
+    Raises SpecError unless the model is one graph that maps one tensor to one tensor through generated kernels alone,
+    with views that leave the batch as it is between them: force kernels with min_speedup=0 and a spec that leaves no
+    layer dense.
     """
     if not isinstance(cm, CompiledModule) or cm.call is None:
         raise SpecError(f"export_c takes a model that sparsec.compile captured whole, not {type(cm).__name__}")
@@ -46,31 +51,52 @@ class _Exporter:
         self.arrays: list[dict[str, Any]] = []
         self.blob = bytearray()
         self.kernels: dict[str, KernelSpec] = {}
+        self.views: list[fx.Node] = []
+        self.ranks: list[tuple[fx.Node, int]] = []  # dimensions of what each linear step reads
         self.dtype = torch.float32
 
     def read(self) -> None:
         output: Any = None
+        inputs = [node for node in self.gm.graph.nodes if node.op == "placeholder"]
+        if len(inputs) != 1:
+            raise SpecError(f"export_c takes models with one input, not {len(inputs)}")
         for node in self.gm.graph.nodes:
             if node.op == "placeholder":
                 self.values[node] = 0
-                if len([n for n in self.gm.graph.nodes if n.op == "placeholder"]) != 1:
-                    raise SpecError("export_c takes models with one input")
             elif node.op == "output":
                 output = node.args[0]
-            elif node.op == "call_function" and getattr(node.target, "_schema", None) is not None:
+            elif node.target in _STEPS:
                 self._step(node)
-            elif node.op != "get_attr":
-                raise SpecError(f"export_c cannot write node {node.name!r}: {node.op} {node.target}")
+            elif _name(node) in _VIEWS:
+                self._view(node)
+            elif node.op != "get_attr" and node.target is not torch.ops.aten.sym_size.int:  # sizes serve views only
+                raise SpecError(
+                    f"export_c cannot write node {node.name!r}: it calls {node.target}, and only generated kernels can "
+                    "be exported; compile with min_speedup=0 and a spec that leaves no layer dense"
+                )
         result = output[0] if isinstance(output, (tuple, list)) and len(output) == 1 else output
         if not self.steps or self.values.get(result) != len(self.steps):
             raise SpecError("export_c takes models that return one tensor, that of their last kernel")
+        images = len(self.views) > 0 or any(spec.conv is not None for spec in self.kernels.values())
+        if images and (deep := [n for n, rank in self.ranks if rank != 2]):
+            raise SpecError(
+                f"export_c cannot write node {deep[0].name!r}: beside convolutions and views, the rows of a linear "
+                "layer must be the batch; flatten its input to two dimensions"
+            )
+
+    def _view(self, node: fx.Node) -> None:
+        """Contiguous values under another shape are the same bytes, as long as the batch stays what it is."""
+        source: Any = node.args[0]
+        shapes = [getattr(n.meta.get("val"), "shape", None) for n in (source, node)]
+        if source not in self.values or any(not shape or shape[0] != shapes[0][0] for shape in shapes):
+            raise SpecError(
+                f"export_c cannot write node {node.name!r}: {node.target} takes {_sizes(shapes[0])} to "
+                f"{_sizes(shapes[1])}, and only views that leave the first dimension as it is can be exported"
+            )
+        self.views.append(node)
+        self.values[node] = self.values[source]
 
     def _step(self, node: fx.Node) -> None:
-        if node.target is not torch.ops.sparsec.linear.default:
-            raise SpecError(
-                f"export_c cannot write node {node.name!r}: it calls {node.target}, and only generated kernels can be "
-                "exported; compile with min_speedup=0 and a spec that leaves no layer dense"
-            )
         x, buffers, bias, residual, text = node.args
         spec = KernelSpec.parse(text)  # type: ignore[arg-type]
         if spec.device != "cpu" or len(buffers) > _MOST:  # type: ignore[arg-type]
@@ -83,12 +109,18 @@ class _Exporter:
         first = len(self.arrays)
         for buffer in buffers:  # type: ignore[union-attr]
             self._array(buffer)
+        inputs, outputs = spec.in_features, spec.out_features
+        if spec.conv is None:
+            self.ranks.append((node, len(getattr(x.meta.get("val"), "shape", ()))))  # type: ignore[union-attr]
+        else:
+            inputs = inputs // spec.conv.taps * spec.conv.groups * math.prod(spec.conv.size)
+            outputs *= spec.conv.pixels
         self.steps.append(
             {
                 "kernel": spec.symbol, "input": self.values[x],  # type: ignore[index]
                 "residual": -1 if residual is None else self.values[residual],  # type: ignore[index]
                 "bias": number, "first": first, "count": len(self.arrays) - first,
-                "inputs": spec.in_features, "outputs": spec.out_features,
+                "inputs": inputs, "outputs": outputs,
             }
         )  # fmt: skip
         self.values[node] = len(self.steps)
@@ -129,3 +161,13 @@ class _Exporter:
         except OSError as error:
             raise SpecError(f"cannot write {folder}: {error.strerror}") from error
         return folder
+
+
+def _name(node: fx.Node) -> str:
+    """The bare name of what a node calls: `view` for `aten.view.default` and for the method."""
+    packet = getattr(node.target, "overloadpacket", node.target)
+    return packet if isinstance(packet, str) else str(getattr(packet, "__name__", ""))
+
+
+def _sizes(shape: Any) -> str:
+    return "an unknown shape" if shape is None else f"({', '.join(map(str, shape))})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,18 +44,35 @@ class _Mlp(nn.Module):
         return self.c(nn.functional.gelu(self.b(x) + x))
 
 
-def _compiled() -> nn.Module:
-    model = _Mlp().eval()
+class _Convolutions(nn.Module):
+    """Strided, with a folded norm, a residual, groups, a pointwise one, and a linear layer on the flattened image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.Conv2d(16, 16, 3, padding=1, bias=False)
+        self.norm, self.c, self.d = nn.BatchNorm2d(16), nn.Conv2d(16, 8, 1), nn.Linear(8 * 30, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.a(x))
+        x = nn.functional.hardswish(self.norm(self.b(x)) + x)
+        return self.d(self.c(x).flatten(1))
+
+
+def _pruned(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for p in model.parameters():
-            if p.dim() == 2:
+            if p.dim() >= 2:
                 p[torch.rand_like(p) < 0.8] = 0
-    return sparsec.compile(model, None, (torch.randn(4, 48),), dynamic_shapes="batch", tune="off", min_speedup=0)
+    return model.eval()
 
 
-def test_an_exported_model_runs_without_python(tmp_path: Path) -> None:
-    cm = _compiled()
-    folder = sparsec.export_c(cm, tmp_path / "model")
+def _compiled() -> nn.Module:
+    x = torch.randn(4, 48)
+    return sparsec.compile(_pruned(_Mlp()), None, (x,), dynamic_shapes="batch", tune="off", min_speedup=0)
+
+
+def _program(folder: Path, tmp_path: Path) -> list[str]:
+    """The exported sources and MAIN as a program, with the flags of the CMake file."""
     (tmp_path / "main.c").write_text(MAIN)
     tools = toolchain.find()
     flags = dict(re.findall(r"set_source_files_properties\((\w+\.c) PROPERTIES COMPILE_OPTIONS \"([^\"]*)\"", (
@@ -68,16 +86,68 @@ def test_an_exported_model_runs_without_python(tmp_path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     subprocess.run([*tools.program, *objects, "-o", str(tmp_path / "run"), "-fopenmp", "-lm"], check=True)
+    return [str(tmp_path / "run"), str(tmp_path / "x.bin"), str(tmp_path / "y.bin")]
+
+
+def _agrees(program: list[str], folder: Path, x: torch.Tensor, y: torch.Tensor) -> None:
+    """What the program writes for x is y."""
+    Path(program[1]).write_bytes(x.numpy().tobytes())
+    subprocess.run([*program, str(len(x)), str(folder / "weights.bin")], check=True)
+    found = torch.frombuffer(bytearray(Path(program[2]).read_bytes() or b"\0\0\0\0"), dtype=torch.float32)
+    torch.testing.assert_close(found[: y.numel()].view(y.shape), y, rtol=1e-6, atol=1e-6)
+
+
+def test_an_exported_model_runs_without_python(tmp_path: Path) -> None:
+    cm = _compiled()
+    folder = sparsec.export_c(cm, tmp_path / "model")
+    program = _program(folder, tmp_path)
     for batch in (0, 1, 5, 70):
         x = torch.randn(batch, 48)
-        (tmp_path / "x.bin").write_bytes(x.numpy().tobytes())
-        names = [str(tmp_path / "x.bin"), str(tmp_path / "y.bin"), str(batch), str(folder / "weights.bin")]
-        subprocess.run([str(tmp_path / "run"), *names], check=True)
-        y = torch.frombuffer(bytearray((tmp_path / "y.bin").read_bytes() or b"\0\0\0\0"), dtype=torch.float32)
-        torch.testing.assert_close(y[: batch * 10].view(batch, 10), cm(x), rtol=1e-6, atol=1e-6)
+        _agrees(program, folder, x, cm(x).detach())
     (folder / "weights.bin").write_bytes((folder / "weights.bin").read_bytes()[:-1])
-    done = subprocess.run([str(tmp_path / "run"), *names])
-    assert done.returncode == 1
+    assert subprocess.run([*program, "1", str(folder / "weights.bin")]).returncode == 1
+
+
+def test_an_exported_chain_of_convolutions_runs_without_python(tmp_path: Path) -> None:
+    """Captured with one batch by tracing, it takes any; its result is that of the eager model."""
+    torch.manual_seed(3)
+    model = _pruned(_Convolutions())
+    cm = sparsec.compile(model, None, (torch.randn(2, 3, 12, 10),), capture="trace", tune="off", min_speedup=0)
+    assert [row.decision for row in sparsec.report(cm).rows] == ["sparse"] * 4
+    folder = sparsec.export_c(cm, tmp_path / "model")
+    program = _program(folder, tmp_path)
+    assert "MODEL_INPUTS = 360, MODEL_OUTPUTS = 10" in (folder / "model.h").read_text()
+    for batch in (1, 2, 7):
+        x = torch.randn(batch, 3, 12, 10)
+        with torch.no_grad():
+            _agrees(program, folder, x, model(x))
+
+
+@pytest.mark.parametrize(
+    ("after", "message"),
+    [
+        (lambda x: x.reshape(-1, 8), r"reshape takes \(2, 8, 3, 3\) to \(18, 8\)"),
+        (lambda x: x.flatten(2), "the rows of a linear layer must be the batch"),
+        (lambda x: x.transpose(1, 2).flatten(1), "it calls transpose"),
+    ],
+)
+def test_views_that_move_the_batch_are_refused(
+    after: Callable[[torch.Tensor], torch.Tensor], message: str, tmp_path: Path
+) -> None:
+    class Reshaped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 8, 3)
+            with torch.no_grad():
+                self.last = nn.Linear(after(torch.zeros(2, 8, 3, 3)).shape[-1], 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(after(self.conv(x)))
+
+    x = torch.randn(2, 4, 5, 5)
+    cm = sparsec.compile(_pruned(Reshaped()), None, (x,), capture="trace", tune="off", min_speedup=0)
+    with pytest.raises(SpecError, match=message):
+        sparsec.export_c(cm, tmp_path / "m")
 
 
 def test_models_with_other_ops_are_refused(tmp_path: Path) -> None:
