@@ -10,6 +10,7 @@ from sparsec.sparsifiers.experts import ExpertLoad, expert_load
 from sparsec.sparsifiers.gradual import Fairness, Gradual, SparseUpdate
 from sparsec.sparsifiers.granularity import Block, Element, FanIn, Filter, GroupedNM, GroupsOf, Kernel
 from sparsec.sparsifiers.hesso import Hesso
+from sparsec.sparsifiers.milliseconds import Met, meet_budget
 from sparsec.sparsifiers.net_trim import NetTrim
 from sparsec.sparsifiers.parts import Apply, Hard, Problem, Solution, Sparsifier
 from sparsec.sparsifiers.pruning import sparsify
@@ -53,6 +54,7 @@ __all__ = [
     "Kernel",
     "Linear",
     "Magnitude",
+    "Met",
     "NetTrim",
     "OBSUpdate",
     "OneShot",
@@ -77,6 +79,7 @@ __all__ = [
     "co_permute",
     "dependency_groups",
     "expert_load",
+    "meet_budget",
     "shrink",
     "sparsify",
 ]

@@ -13,6 +13,7 @@ import torch
 from sparsec.errors import SpecError
 from sparsec.report import Report
 from sparsec.sparsifiers.layers import Layer
+from sparsec.sparsifiers.milliseconds import Timings, site_us, taken_us
 from sparsec.sparsifiers.ranks import kth, ranks
 from sparsec.sparsifiers.scores import Score
 
@@ -134,10 +135,10 @@ class Sensitivity(Allocator):
     """The levels, one per layer, that lose least of the score within a budget: a knapsack over layers.
 
     `budget` counts nonzero weights, FLOPs (2 per weight and use; `uses` maps a site to its uses per call, e.g. output
-    pixels, 1 by default), or measured milliseconds. For "ms", `timings` maps each sparsity level to the Report that
-    `sparsec.analyze` gave for the model pruned to it; the level 0 is the dense time of any of them, and a module that
-    is used several times costs all its uses. What the budget bounds is `report(compiled).totals().us`: the layers, not
-    what the model does besides.
+    pixels, 1 by default), or measured milliseconds. For "ms", `timings` maps each sparsity level to the Report, or the
+    Reports, that `sparsec.analyze` gave for the model pruned to it; the level 0 is the median dense time of all, and a
+    module that is used several times costs all its uses. What the budget bounds is `report(compiled).totals().us`: the
+    layers, not what the model does besides. `meet_budget` closes the loop by measurements, also of the whole model.
 
     A layer's loss at a level is the share of its scores that falls below the level's threshold. Solved by dynamic
     programming on costs rounded up to 1/2000 of the budget, so the budget is kept.
@@ -148,7 +149,7 @@ class Sensitivity(Allocator):
     budget: float
     unit: str = "weights"
     levels: tuple[float, ...] = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-    timings: Mapping[float, Report] | None = None
+    timings: Timings | None = None
     uses: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
@@ -170,20 +171,16 @@ class Sensitivity(Allocator):
     def cost(self, layer: Layer, level: float) -> float:
         """What a layer costs at a level, in the unit of the budget."""
         if self.unit == "ms":
-            return self._us(layer, level) / 1e3
+            return site_us(self.timings or {}, layer.site, level) / 1e3
         kept = layer.weight.numel() - round(level * layer.weight.numel())
         if self.unit == "weights":
             return kept
         return 2.0 * kept * (self.uses or {}).get(layer.site, 1)
 
-    def _us(self, layer: Layer, level: float) -> float:
-        timings = self.timings or {}
-        report = timings[level] if level in timings else next(iter(timings.values()))
-        further = [r for r in report.rows if r.site.startswith(f"{layer.site}#")]  # a module that is used again
-        times = [row.us if level in timings else row.dense_us for row in (report.row(layer.site), *further)]
-        if None in times:
-            raise SpecError(f"Sensitivity: the report has no time for {layer.site!r}; analyze with example inputs")
-        return sum(us for us in times if us is not None)
+    def taken(self, report: Report) -> float:
+        """Milliseconds of the layers in a report of `compile`, at the machine's speed in `timings`; a layer that it did
+        not time stayed dense and counts as that."""
+        return taken_us(self.timings or {}, report) / 1e3
 
     def zeros(self, layers: Sequence[Layer], score: Scores, stats: Mapping[str, Any] | None = None) -> list[int]:
         levels = self.all_levels
