@@ -152,8 +152,9 @@ class NMG(Format):
         """
         tiles = self._tiles(energy)
         shape, count = tiles.shape[:3], comb(self.m, self.n)
+        tiles = tiles.reshape(-1, self.chunk, self.m)
         member = np.array(patterns(self.n, self.m))
-        score = tiles.reshape(-1, self.chunk, self.m)[..., member].sum(axis=3)
+        score = tiles[..., member].sum(axis=3)
         order = np.argsort(-score.reshape(score.shape[0], -1), axis=1, kind="stable")
         found = np.full(score.shape[:2], -1, np.int64)
         room = np.full((score.shape[0], count), self.g)
@@ -164,10 +165,10 @@ class NMG(Format):
             found[every[take], row[take]] = code[take]
             room[every[take], code[take]] -= 1
         lost = np.take_along_axis(score, found[..., None], axis=2)[..., 0].sum(axis=1)
-        lost = ~np.isclose(lost, tiles.reshape(-1, self.chunk, self.m).sum(axis=(1, 2)))
+        lost = ~np.isclose(lost, tiles.sum(axis=(1, 2)))
         if set(np.unique(energy)) <= {0.0, 1.0}:
             for at in np.flatnonzero(lost):
-                found[at], lost[at] = self._match(score[at], tiles.reshape(-1, self.chunk, self.m)[at])
+                found[at], lost[at] = self._match(score[at], tiles[at])
         return found.reshape(shape), lost.reshape(shape[:2])
 
     def _match(self, score: np.ndarray, tile: np.ndarray) -> tuple[np.ndarray, bool]:
