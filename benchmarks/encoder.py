@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
+import tempfile
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +31,9 @@ def run(dense: torch.nn.Module, zeros: float, shape: tuple[int, int], rounds: in
     """Prune, compile, check and time one row of the table."""
     batch = tokens(*shape, dense.config.vocab_size)
     pruned = sparsec.sparsify(dense, Magnitude(zeros), where=r"re:encoder\..*")
+    begin = time.perf_counter()
     compiled = sparsec.compile(pruned, example_kwargs=batch)
+    seconds = time.perf_counter() - begin
     difference = (compiled(**batch).last_hidden_state - pruned(**batch).last_hidden_state).abs().max().item()
     models = {"eager": pruned, "sparsec": compiled}
     if peers:
@@ -43,6 +49,8 @@ def run(dense: torch.nn.Module, zeros: float, shape: tuple[int, int], rounds: in
         "best_ms": {name: 1e3 * t.best for name, t in times.items()},
         "sparse_sites": totals.sparse, "sites": totals.sites, "timings": report.to_dict()["timings"],
         "nbytes": totals.nbytes, "dense_nbytes": totals.dense_nbytes, "repeated": times["eager"].repeated,
+        "compile_s": seconds, "variants": dict(Counter(r.variant for r in report.rows if r.decision == "sparse")),
+        "notes": list(report.notes),
     }  # fmt: skip
 
 
@@ -58,15 +66,26 @@ def load(name: str | None) -> torch.nn.Module:
     return AutoModel.from_pretrained(name).eval()
 
 
+def without_compiler() -> None:
+    """Empty PATH and the kernel cache, for this process: what is compiled from here on is compiled cold, by TVM."""
+    empty = tempfile.mkdtemp(prefix="sparsec-bench-")
+    os.environ |= {"PATH": empty, "SPARSEC_CACHE_DIR": empty}
+    os.environ.pop("CC", None)
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", help="bert-base, a directory or a hub id; default: the packaged MiniLM-L6")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="torch.compile as well")
     parser.add_argument("--quick", action="store_true", help="one row, few rounds, no torch.compile")
+    parser.add_argument("--no-compiler", action="store_true", help="hide gcc: TVM builds every kernel, from nothing")
     parser.add_argument("--json", help="also write the rows here")
     options = parser.parse_args()
     dense = load(options.model)
+    if options.no_compiler:
+        without_compiler()
+        options.peers = False  # torch.compile needs a compiler
     cells = BERT_CELLS if options.model == "bert-base" else CELLS
     cells = (((1, 32), 0.9),) if options.quick else cells
     rows = []
@@ -80,6 +99,8 @@ def main() -> None:
             figures = "  ".join(f"{n} {ms:.2f} ({row['ratio'][n]:.2f}x)" for n, ms in row["ms"].items())
             sites = f"{row['sparse_sites']} of {row['sites']} sites sparse"
             print(f"{shape[0]} x {shape[1]}, {zeros:.0%} zeros: {figures}  [{sites}]", flush=True)
+            if options.no_compiler:
+                print("  " + "; ".join([f"compiled in {row['compile_s']:.1f} s: {row['variants']}", *row["notes"]]))
     write_json(options.json, "encoder", rows)
 
 

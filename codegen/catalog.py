@@ -52,8 +52,11 @@ class Variant:
         return next((isa for isa in self.isas if isa in target.isas), None)
 
     def serves(self, target: Target) -> bool:
-        """Whether this variant's language makes kernels for the target's kind of device."""
-        return target.kind == (self.language if self.language in ("cuda", "tvm") else "cpu")
+        """Whether this variant's language makes kernels for the target's kind of device.
+
+        A `tvm` target is a processor on which nothing can be built from C.
+        """
+        return target.kind in _KINDS.get(self.language, ("cpu", "tvm"))
 
     def refuse(self, problem: Problem, fmt: Format, target: Target) -> str | None:
         """Why this variant cannot run `problem` from a weight stored as `fmt`; None when it can."""
@@ -172,6 +175,8 @@ _TABLES = (  # modules with further VARIANTS, imported when first asked for
     "sparsec.codegen.gather", "sparsec.codegen.conv_variants",
     "sparsec.codegen.chain_variants",
 )  # fmt: skip
+
+_KINDS = {"c": ("cpu",), "pair": ("cpu",), "cuda": ("cuda",), "tvm": ("tvm",)}  # other languages need no C compiler
 
 _BACKENDS = {  # name -> module with a BACKEND, imported when first needed
     "c": "sparsec.codegen.c", "cuda": "sparsec.codegen.cuda", "tvm": "sparsec.codegen.tvm",

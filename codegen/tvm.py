@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from sparsec.codegen import cache, tvm_compat, tvm_epilogue, tvm_rules, tvm_shape, tvm_text, tvm_walk
+from sparsec.codegen import cache, tvm_chain, tvm_compat, tvm_epilogue, tvm_rules, tvm_shape, tvm_text
 from sparsec.codegen.backend import Backend
 from sparsec.codegen.c import package_version
 from sparsec.codegen.kernel import Kernel, KernelSpec, Source
@@ -41,13 +41,14 @@ class TvmBackend(Backend):
 
     def render(self, spec: KernelSpec) -> Source:
         """The scheduled script. Scripts are kept on disk: parsing them is most of the time of a compile."""
-        text = tvm_text.text_of(spec)
+        printer = texts(spec)
+        text = printer.text_of(spec)
         key = hashlib.sha256(json.dumps([text, spec.isa, tvm_compat.version(), _generator()]).encode()).hexdigest()
         known = cache.load_json("tvm_script", key)
         if isinstance(known, str):
             return Source(spec, self.name, known)
         schedule = tvm_compat.new_schedule(tvm_compat.parse(text))
-        tvm_rules.schedule(schedule, tvm_text.blocks_of(spec), tvm_shape.lanes_of(spec))
+        tvm_rules.schedule(schedule, printer.blocks_of(spec), tvm_shape.lanes_of(spec))
         script = tvm_compat.script(schedule.mod)
         cache.store_json("tvm_script", key, script)
         with _LOCK:
@@ -80,6 +81,11 @@ class TvmBackend(Backend):
         return Kernel(spec, bind(function, spec), source.text, command(spec), str(path))
 
 
+def texts(spec: KernelSpec) -> Any:
+    """The module that prints the op of a spec: `shape_of`, `text_of` and `blocks_of`."""
+    return tvm_chain if spec.op == "chain" else tvm_text
+
+
 def command(spec: KernelSpec) -> tuple[str, ...]:
     """What stands for a compiler command: TVM, its version and the LLVM target."""
     return ("tvm", tvm_compat.version(), json.dumps(tvm_compat.llvm_target(spec.isa)))
@@ -98,7 +104,7 @@ def bind(function: Callable[..., Any], spec: KernelSpec) -> Callable[..., None]:
     """
     inputs, outputs, biased = spec.in_features, spec.out_features, spec.bias
     adds = any(step.name == "add" for step in spec.epilogue)
-    count = len(tvm_walk.walk(spec).arguments)
+    count = len(texts(spec).shape_of(spec).arguments)
     threads = torch.get_num_threads
 
     def call(

@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from sparsec.codegen.tvm_epilogue import SLOTS, const, steps
-from sparsec.codegen.tvm_shape import FENCE_CALL, STACK, Shape, function, lines_of, outputs_of, pointer, weights_of
+from sparsec.codegen.tvm_shape import (
+    FENCE_CALL,
+    STACK,
+    Panels,
+    Shape,
+    function,
+    lines_of,
+    outputs_of,
+    pointer,
+    weights_of,
+)
 
 
 def turn(size: int) -> str:
@@ -33,7 +43,7 @@ def turn(size: int) -> str:
     return function(f"turn_{size}", parameters, "\n".join(sizes + lines))
 
 
-def pack(s: Shape, nc: int) -> str:
+def pack(s: Panels, nc: int) -> str:
     inp, w, kp = s.spec.in_features, s.vector(nc), s.packed(nc)
     body = f"""
         x = T.decl_buffer((batch, {inp}), "float32", data=x_data)
@@ -54,9 +64,9 @@ def pack(s: Shape, nc: int) -> str:
                 vk = T.axis.spatial({kp}, k)
                 packed[vk, vc] = T.if_then_else(vc < live, x[first + T.Cast("int64", vc), k0 + vk], {const(0.0)})
     """
-    if s.walk.padded != inp:
+    if s.padded != inp:
         body += f"""
-        for k, c in T.grid({s.walk.padded - inp}, {nc}):
+        for k, c in T.grid({s.padded - inp}, {nc}):
             with T.sblock("pad"):
                 vk, vc = T.axis.remap("SS", [k, c])
                 packed[{inp} + vk, vc] = {const(0.0)}
@@ -102,7 +112,7 @@ def rows(s: Shape, nc: int) -> str:
     return function(f"rows_{nc}", [*parameters, *more], body)
 
 
-def finish(s: Shape, nc: int) -> str:
+def finish(s: Panels, nc: int) -> str:
     parameters, _, declared = outputs_of(s)
     w, out = s.vector(nc), s.spec.out_features
 

@@ -16,11 +16,11 @@ import textwrap
 
 from sparsec.codegen import tvm_panel
 from sparsec.codegen.kernel import KernelSpec
+from sparsec.codegen.tvm_entry import entry
 from sparsec.codegen.tvm_epilogue import const, steps
 from sparsec.codegen.tvm_shape import (
     FENCE_CALL,
     LINE,
-    ONE_THREAD,
     ROW_COST,
     STACK,
     Shape,
@@ -194,39 +194,7 @@ def _share(s: Shape) -> str:
 
 
 def _main(s: Shape) -> str:
-    spec, out, inp = s.spec, s.spec.out_features, s.spec.in_features
-    sizes = {"x": f"(batch, {inp})", "y": f"(batch, {out})"}
-    sizes |= {"bias": f"({out},)"} if spec.bias else {}
-    sizes |= {"residual": f"(batch, {out})"} if any(step.name == "add" for step in spec.epilogue) else {}
-    buffers = [(n, "float32", size) for n, size in sizes.items()] + list(s.walk.arguments)
-    width = "T.int64(0)"
-    for limit, routine, nc in reversed(spec.plan):
-        chosen = f"T.int64({nc if routine == 'panel' else 1})"
-        width = f"T.if_then_else(batch <= T.int64({limit}), {chosen}, {width})" if limit else chosen
-    scratch = s.scratch()
-    call = ", ".join([f"{n}.data" for n, _, _ in buffers] + list(s.walk.symbols) + ["batch"])
-    lines = [f'T.func_attr({{"global_symbol": "{spec.symbol}"}})']
-    lines += [f"{name} = T.int64()" for name in ("batch", *s.walk.symbols)]
-    itemsize = {"float32": 4, "int16": 2, "int32": 4, "uint8": 1}
-    lines += [f'{n} = T.match_buffer({n}_, {size}, "{dtype}", align={itemsize[dtype]})' for n, dtype, size in buffers]
-    if s.walk.check:
-        lines += [f'assert {s.walk.check}, ("ValueError", ["the last pointer does not match the size of values"])']
     vectors = f"T.int64(1) + T.truncdiv(batch + T.int64({s.lanes - 1}), T.int64({s.lanes}))"
     each = f"T.if_then_else(batch > T.int64(1), {vectors}, T.int64(1))"
-    cycles = f"({s.walk.stored} + T.int64({(out + inp) // 4})) * {each}"
-    lines += [
-        "if batch > T.int64(0):",
-        f"    nc = T.Bind({width})",
-        f"    tasks = T.Bind(T.if_then_else({cycles} < T.int64({ONE_THREAD}), T.int64(1), threads))",
-        f'    scratch = T.alloc_buffer((tasks * T.int64({scratch}),), "float32")',
-        f'    bounds = T.alloc_buffer((tasks * T.int64({LINE}),), "int32")',
-        "    if tasks == T.int64(1):",
-        f"        Module.share({call}, scratch.data, bounds.data, nc, T.int64(0), T.int64(1))",
-        "    else:",
-        "        for t in T.parallel(tasks):",
-        f"            Module.share({call}, T.address_of(scratch[t * T.int64({scratch})]), "
-        f"T.address_of(bounds[t * T.int64({LINE})]), nc, t, tasks)",
-    ]
-    parameters = [f"{n}_: T.handle" for n, _, _ in buffers] + ["threads: T.int64"]
-    head = f"@T.prim_func(s_tir=True)\ndef main({', '.join(parameters)}):\n"
-    return head + textwrap.indent("\n".join(lines), "    ") + "\n"
+    cycles = f"({s.walk.stored} + T.int64({(s.spec.out_features + s.spec.in_features) // 4})) * {each}"
+    return entry(s, cycles, "batch", f"T.int64({LINE})")

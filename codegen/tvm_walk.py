@@ -44,7 +44,7 @@ def walk(spec: KernelSpec) -> Walk:
     return _WALKS[name](spec, dict(spec.fields))
 
 
-def _index(bits: int, text: str) -> str:
+def indexed(bits: int, text: str) -> str:
     """A stored index as int32; 16-bit ones are unsigned in signed tensors."""
     return f'T.Cast("int32", T.reinterpret("uint16", {text}))' if bits == 16 else text
 
@@ -56,10 +56,10 @@ def _csr(spec: KernelSpec, f: dict[str, int]) -> Walk:
         rows=1, inner=1, block=block, blocks=blocks, padded=spec.in_features,
         begin=lambda g, b: f"pointers[{g} * {blocks} + {b}]",
         weight=lambda g, p, i, c: f"values[{p}]",
-        column=lambda g, p, c: _index(bits, f"indices[{p}]"),
+        column=lambda g, p, c: indexed(bits, f"indices[{p}]"),
         count=lambda r: f"pointers[({r} + 1) * {blocks}] - pointers[{r} * {blocks}]",
         flat_weight=lambda r, e: f"values[pointers[{r} * {blocks}] + {e}]",
-        flat_column=lambda r, e: _index(bits, f"indices[pointers[{r} * {blocks}] + {e}]"),
+        flat_column=lambda r, e: indexed(bits, f"indices[pointers[{r} * {blocks}] + {e}]"),
         arguments=(
             ("values", spec.dtype, "(stored,)"), ("indices", f"int{bits}", "(stored,)"),
             ("pointers", "int32", f"({last + 1},)"),
@@ -81,10 +81,10 @@ def _bsr(spec: KernelSpec, f: dict[str, int]) -> Walk:
         rows=r, inner=c, block=padded, blocks=1, padded=padded,
         begin=lambda g, b: f"pointers[{g} + {b}]",
         weight=lambda g, p, i, j: f"values[{p}, {i}, {j}]",
-        column=lambda g, p, j: f"{_index(bits, f'indices[{p}]')} * {c} + {j}",
+        column=lambda g, p, j: f"{indexed(bits, f'indices[{p}]')} * {c} + {j}",
         count=lambda row: f"(pointers[T.truncdiv({row}, {r}) + 1] - pointers[T.truncdiv({row}, {r})]) * {c}",
         flat_weight=lambda row, e: f"values[{unit(row, e)}, T.truncmod({row}, {r}), T.truncmod({e}, {c})]",
-        flat_column=lambda row, e: f"{_index(bits, f'indices[{unit(row, e)}]')} * {c} + T.truncmod({e}, {c})",
+        flat_column=lambda row, e: f"{indexed(bits, f'indices[{unit(row, e)}]')} * {c} + T.truncmod({e}, {c})",
         arguments=(
             ("values", spec.dtype, f"(stored, {r}, {c})"), ("indices", f"int{bits}", "(stored,)"),
             ("pointers", "int32", f"({groups + 1},)"),
@@ -122,10 +122,10 @@ def _fan_in(spec: KernelSpec, f: dict[str, int]) -> Walk:
         rows=1, inner=1, block=inp, blocks=1, padded=inp,
         begin=lambda g, b: f"({b}) * {count}",
         weight=lambda g, p, i, c: f"values[{g}, {p}]",
-        column=lambda g, p, c: _index(bits, f"indices[{g}, {p}]"),
+        column=lambda g, p, c: indexed(bits, f"indices[{g}, {p}]"),
         count=lambda row: f"{count}",
         flat_weight=lambda row, e: f"values[{row}, {e}]",
-        flat_column=lambda row, e: _index(bits, f"indices[{row}, {e}]"),
+        flat_column=lambda row, e: indexed(bits, f"indices[{row}, {e}]"),
         arguments=(("values", spec.dtype, shape), ("indices", f"int{bits}", shape)),
         stored=f"T.int64({spec.out_features * count})",
     )  # fmt: skip

@@ -19,13 +19,14 @@ pytest.importorskip("tvm", reason="apache-tvm is not installed: pip install 'spa
 
 import sparsec
 from sparsec import testing
-from sparsec.codegen import build, cache, catalog, tvm, tvm_compat, tvm_rules, tvm_text
+from sparsec.codegen import build, cache, catalog, tvm, tvm_compat, tvm_rules, tvm_text, tvm_variants
 from sparsec.codegen.kernel import STEPS, Kernel, KernelSpec, Problem, Source, Step
 from sparsec.errors import DependencyError, LoadError, SpecError, ToolchainError
 from sparsec.formats import BSR, CSR, NM, FanIn, Format
 from sparsec.target import Target
 
 HERE = Target.parse("tvm")
+LINEAR = [v for v in tvm_variants.VARIANTS if v.op == "linear"]
 STEP = {name: Step(name, (-0.5, 0.75)[:count]) for name, count in STEPS.items()}
 BATTERY = [
     ("csr", CSR(block=64), "avx512", (70, 257), True, ("gelu",)),
@@ -58,7 +59,7 @@ def small() -> tuple[Kernel, list[torch.Tensor], torch.Tensor]:
 
 
 def test_the_battery_covers_every_variant_and_step():
-    assert {f"linear_{row[0]}_tvm" for row in BATTERY} == {v.name for v in catalog.variants_for("linear", None, HERE)}
+    assert {f"linear_{row[0]}_tvm" for row in BATTERY} == {v.name for v in LINEAR}
     assert {step for row in BATTERY for step in row[5]} == set(STEPS)
 
 
@@ -252,7 +253,7 @@ def test_target_strings_decide_the_instruction_set():
 
 def test_what_tvm_has_no_rule_for_is_refused_with_a_reason():
     problem = Problem("linear", 64, 64, "bfloat16", 400)
-    for variant in catalog.variants_for("linear", None, HERE):
+    for variant in LINEAR:
         fmt = {"csr": CSR(), "bsr": BSR(4, 4), "nm": NM(2, 4), "fan_in": FanIn(3)}[variant.format]
         reason = variant.refuse(problem, fmt, HERE)
         assert reason == f"{variant.name} computes in float32, not bfloat16"
@@ -260,9 +261,10 @@ def test_what_tvm_has_no_rule_for_is_refused_with_a_reason():
     assert catalog.variants_for("linear", "bitmask", HERE) == ()
     good = spec_of("csr", CSR(), "portable", (8, 8), False, ())
     for change, message in (
-        ({"dtype": "bfloat16"}, "float32, not bfloat16"), ({"op": "conv2d"}, "compute linear, not conv2d"),
+        ({"dtype": "bfloat16"}, "float32, not bfloat16"), ({"op": "conv2d"}, "computes linear, not conv2d"),
         ({"format": "bitmask(width=16)"}, "no TVM kernel reads bitmask"), ({"plan": ()}, "last line of a plan"),
-        ({"plan": ((0, "panel", 6),)}, "a multiple of 4 columns"), ({"epilogue": (STEP["add"],) * 2}, "one residual"),
+        ({"plan": ((0, "panel", 6),)}, "panels with a multiple of 4 columns"),
+        ({"epilogue": (STEP["add"],) * 2}, "one residual"),
     ):  # fmt: skip
         with pytest.raises(SpecError, match=message):
             tvm_text.text_of(dataclasses.replace(good, **change))
