@@ -173,7 +173,7 @@ CATALOG: tuple[Variant, ...] = (
 _TABLES = (  # modules with further VARIANTS, imported when first asked for
     "sparsec.codegen.structured_variants", "sparsec.codegen.cuda_variants", "sparsec.codegen.tvm_variants",
     "sparsec.codegen.gather", "sparsec.codegen.conv_variants",
-    "sparsec.codegen.chain_variants",
+    "sparsec.codegen.chain_variants", "sparsec.codegen.digit_variants",
 )  # fmt: skip
 
 _KINDS = {"c": ("cpu",), "pair": ("cpu",), "cuda": ("cuda",), "tvm": ("tvm",)}  # other languages need no C compiler

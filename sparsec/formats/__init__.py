@@ -17,6 +17,7 @@ from sparsec.formats.fan_in import FanIn
 from sparsec.formats.group_int4 import GroupInt4
 from sparsec.formats.nm import NM
 from sparsec.formats.nmg import NMG
+from sparsec.formats.pairs import Pairs
 from sparsec.formats.permuted import Permuted
 from sparsec.formats.quantized import Quantized
 from sparsec.formats.sell import SELL
@@ -26,7 +27,7 @@ from sparsec.formats.tiled_csl import TiledCSL
 from sparsec.formats.two_four import TwoFour
 
 _BUILT_IN = (
-    Dense, CSR, CSRGroups, SELL, Bitmask, BSR, NM, FanIn, TiledCSL, TwoFour, GroupInt4, SpQR, Quantized,
+    Dense, CSR, CSRGroups, SELL, Bitmask, BSR, NM, FanIn, TiledCSL, TwoFour, GroupInt4, SpQR, Quantized, Pairs,
     NMG, BlockNM, Permuted, Sum,
 )  # fmt: skip
 FORMATS: dict[str, type[Format]] = {cls.name: cls for cls in _BUILT_IN}
@@ -149,6 +150,7 @@ __all__ = [
     "FanIn",
     "Format",
     "GroupInt4",
+    "Pairs",
     "Permuted",
     "Quantized",
     "SpQR",
