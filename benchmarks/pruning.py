@@ -2,14 +2,16 @@
 
 pruning.py minilm    quality and time of every method on real weights, at 50 %, 60 % and 2:4
 pruning.py memory    layer by layer: peak memory of true-size layers with random weights, and what 24 of them need
-pruning.py budget    levels chosen under a budget in milliseconds, and what the compiled model then takes
+pruning.py budget    prune until the compiled model takes a budget in milliseconds, and time it afresh
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -21,7 +23,17 @@ import torch
 from timing import exclusive, headline, idle, interleave, write_json
 
 import sparsec
-from sparsec.sparsifiers import BiasCorrection, Calibration, DSnoT, Magnitude, Refit, Sensitivity, SparseGPT, Wanda
+from sparsec.sparsifiers import (
+    BiasCorrection,
+    Calibration,
+    DSnoT,
+    Magnitude,
+    Refit,
+    Sensitivity,
+    SparseGPT,
+    Wanda,
+    meet_budget,
+)
 
 METHODS: dict[str, Callable[[Any], Any]] = {
     "magnitude": Magnitude,
@@ -122,11 +134,11 @@ def reset_peak() -> None:
 
 
 @contextlib.contextmanager
-def fresh_cache() -> Iterator[None]:
-    """A kernel cache without any stored timing."""
+def own_cache(folder: str | None) -> Iterator[None]:
+    """A kernel cache of this benchmark's own, whose timings may be forgotten: a folder, or a temporary one."""
     before = os.environ.get("SPARSEC_CACHE_DIR")
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["SPARSEC_CACHE_DIR"] = folder
+    with tempfile.TemporaryDirectory() as temporary:
+        os.environ["SPARSEC_CACHE_DIR"] = folder or temporary
         try:
             yield
         finally:
@@ -135,34 +147,71 @@ def fresh_cache() -> Iterator[None]:
                 os.environ["SPARSEC_CACHE_DIR"] = before
 
 
+def forget_timings() -> None:
+    """Let the next compile time every site again; its kernels stay built."""
+    shutil.rmtree(Path(os.environ["SPARSEC_CACHE_DIR"]) / "json-decisions", ignore_errors=True)
+
+
+def known_timings(dense: torch.nn.Module, batch: dict[str, Any], options: argparse.Namespace) -> tuple[Any, float]:
+    """Reports of every level, and milliseconds of the dense model; from a file where one was written before."""
+    path = Path(options.timings) if options.timings else None
+    if path is not None and path.exists():
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return {float(s): [sparsec.Report.from_dict(r) for r in rs] for s, rs in data["levels"].items()}, data["dense"]
+    timings: dict[float, list[sparsec.Report]] = {}
+    for _ in range(options.analyses):
+        for level in (0.5, 0.9) if options.quick else (0.5, 0.7, 0.8, 0.9):
+            forget_timings()
+            pruned = sparsec.sparsify(dense, Magnitude(level), where=LAYERS)
+            timings.setdefault(level, []).append(sparsec.analyze(pruned, None, example_kwargs=batch))
+    dense_ms = 1e3 * interleave({"dense": lambda: dense(**batch)}, options.rounds)["dense"].median
+    if path is not None:
+        levels = {s: [r.to_dict() for r in rs] for s, rs in timings.items()}
+        path.write_text(json.dumps({"levels": levels, "dense": dense_ms}), encoding="utf-8")
+    return timings, dense_ms
+
+
 @torch.inference_mode()
 def budget(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Choose levels for MiniLM's layers under a budget, compile the result with no stored timings, and measure."""
+    """MiniLM pruned until it takes a budget, whole or in its layers, then compiled and timed afresh, several times.
+
+    Milliseconds count at the speed that the machine had when the levels were timed: each measurement is taken in turns
+    with the dense model, or dense sites, and scaled by what those took then.
+    """
     _, dense, _ = loaded()
     ids = torch.randint(1000, 20000, options.shape, generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    levels = (0.5, 0.9) if options.quick else (0.5, 0.7, 0.8, 0.9)
-    known = {s: sparsec.sparsify(dense, Magnitude(s), where=LAYERS) for s in levels}
-    with fresh_cache():
-        timings = {level: sparsec.analyze(pruned, None, example_kwargs=batch) for level, pruned in known.items()}
-    least, most = timings[levels[-1]].totals().us / 1e3, timings[levels[0]].totals().dense_us / 1e3
+    timings, dense_ms = known_timings(dense, batch, options)
+    known = Sensitivity(1.0, "ms", timings=timings)
+    all_dense = known.taken(sparsec.Report([]))
+    spread = [r.totals().dense_us / 1e3 for reports in timings.values() for r in reports]
+    print(f"dense: {dense_ms:.1f} ms, its layers {all_dense:.1f} ms; {min(spread):.1f} to {max(spread):.1f} in "
+          f"{len(spread)} analyses")  # fmt: skip
+
+    def whole(pruned: torch.nn.Module) -> float:
+        compiled = sparsec.compile(pruned, example_kwargs=batch)
+        times = interleave({"dense": lambda: dense(**batch), "sparse": lambda: compiled(**batch)}, options.rounds)
+        return dense_ms * times["sparse"].median / times["dense"].median
+
+    def layers(pruned: torch.nn.Module) -> float:
+        forget_timings()
+        return known.taken(sparsec.report(sparsec.compile(pruned, example_kwargs=batch)))
+
+    measure, full = (whole, dense_ms) if options.of == "model" else (layers, all_dense)
     rows = []
-    with fresh_cache():
-        again = sparsec.analyze(known[levels[0]], None, example_kwargs=batch)  # for layers that stay dense
-    for share in (0.5,) if options.quick else (0.4, 0.7):
-        wanted = least + share * (most - least)
-        method = Magnitude(Sensitivity(wanted, "ms", timings=timings))
-        pruned = sparsec.sparsify(dense, method, where=LAYERS)
-        with fresh_cache():
-            compiled = sparsec.compile(pruned, example_kwargs=batch)
-        found = [sparsec.report(compiled).row(r["site"]) for r in pruned._sparsec_report]
-        spent = sum(again.row(r.site).dense_us if r.us is None else r.us for r in found) / 1e3
-        times = interleave({"dense": lambda: dense(**batch), "sparse": lambda c=compiled: c(**batch)}, options.rounds)
-        chosen = sorted({round(1 - r["density"], 2) for r in pruned._sparsec_report})
-        ms = {name: 1e3 * t.median for name, t in times.items()}
-        rows.append({"budget_ms": wanted, "sites_ms": spent, "ratio": spent / wanted, "levels": chosen, "model_ms": ms})
-        print(f"budget {wanted:6.2f} ms for the layers, measured after compile {spent:6.2f} ms ({spent / wanted:.3f}); "
-              f"whole model {ms['sparse']:.2f} ms, dense {ms['dense']:.2f}; levels {chosen}", flush=True)  # fmt: skip
+    for share in options.shares:
+        wanted = share * full
+        met = meet_budget(dense, wanted, Magnitude, timings, measure, where=LAYERS)
+        again = []
+        print(f"budget {wanted:.2f} ms for the {options.of}, tries (levels chosen for, measured):",
+              *(f"({a:.2f}, {t:.2f})" for a, t in met.tries), flush=True)  # fmt: skip
+        for _ in range(options.repeats):
+            forget_timings()
+            again.append(measure(met.model))
+            print(f"  compiled afresh: {again[-1]:.2f} ms, {again[-1] / wanted:.3f} of the budget", flush=True)
+        levels = sorted({round(1 - r["density"], 2) for r in met.model._sparsec_report})
+        rows.append({"of": options.of, "budget_ms": wanted, "tries": met.tries, "again_ms": again,
+                     "ratios": [ms / wanted for ms in again], "levels": levels})  # fmt: skip
     return rows
 
 
@@ -179,6 +228,12 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=8, help="memory: calibration sequences of 512 tokens")
     parser.add_argument("--shape", type=int, nargs=2, default=(8, 128), help="budget: batch and length")
     parser.add_argument("--rounds", type=int, default=15, help="budget: rounds of timing")
+    parser.add_argument("--of", choices=("model", "layers"), default="model", help="budget: what has to take it")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.7], help="budget: of the dense time")
+    parser.add_argument("--analyses", type=int, default=1, help="budget: reports for each level")
+    parser.add_argument("--repeats", type=int, default=3, help="budget: fresh compiles of the result")
+    parser.add_argument("--cache", help="budget: a folder for its kernels, to keep them for the next run")
+    parser.add_argument("--timings", help="budget: a file of the levels' reports, written where there is none")
     parser.add_argument("--no-wait", action="store_true", help="do not wait until other benchmarks have ended")
     parser.add_argument("--json", help="also write the rows here")
     options = parser.parse_args()
@@ -187,7 +242,8 @@ def main() -> None:
     with exclusive() if alone else contextlib.nullcontext():
         if not options.quick and not idle(patience_s=1 if options.no_wait else 20):
             print("the machine is busy: times mean little")
-        rows = PARTS[options.part](options)
+        with own_cache(options.cache):
+            rows = PARTS[options.part](options)
     write_json(options.json, f"pruning-{options.part}", rows)
 
 

@@ -159,10 +159,10 @@ def _milliseconds(found: float | Report, allocator: Sensitivity) -> float:
 
 
 def _next(done: Sequence[tuple[float, float]], budget: float) -> float:
-    """What to aim for: between the nearest tries below and above, or past the last by as much as it missed."""
-    below = max((d for d in done if d[1] <= budget), key=lambda d: d[1], default=None)
-    above = min((d for d in done if d[1] > budget), key=lambda d: d[1], default=None)
-    if below is None or above is None or below[0] >= above[0]:
-        aim, taken = min(done, key=lambda d: abs(d[1] - budget))
-        return aim + budget - taken
-    return below[0] + (above[0] - below[0]) * (budget - below[1]) / (above[1] - below[1])
+    """What to aim for: between the nearest tries below and above, else past them all by as much as the last missed."""
+    below = max((d for d in done if d[1] <= budget), default=None)
+    above = min((d for d in done if d[1] > budget), default=None)
+    if below is not None and above is not None and below[0] < above[0]:
+        return below[0] + (above[0] - below[0]) * (budget - below[1]) / (above[1] - below[1])
+    aim, taken = done[-1] if below is not None and above is not None else below or above or done[-1]
+    return aim + budget - taken
