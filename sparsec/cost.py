@@ -57,6 +57,7 @@ RATES: dict[str, Rate] = {
     "csr_groups": Rate(share=0.62, gemv=1.2),
     "sell": Rate(share=0.66, gemv=4.0),
     "pairs": Rate(share=1.2, per_value=0.2, gemv=4.0),
+    "window": Rate(gemv=0.33),
     "bitmask": Rate(share=0.5, per_value=0.4, gemv=0.5, per_entry=0.06),
     "bsr": Rate(share=0.7, per_value=0.1, gemv=0.3),
     "nm": Rate(per_value=0.2, gemv=0.4),

@@ -12,7 +12,7 @@ from sparsec.codegen.build import build_kernels
 from sparsec.codegen.kernel import DTYPES, Kernel, KernelSpec
 from sparsec.codegen.render import render
 from sparsec.errors import SpecError
-from sparsec.formats import NM, SELL, CSRGroups, FanIn, Format
+from sparsec.formats import NM, SELL, CSRGroups, FanIn, Format, Window
 from sparsec.target import Target
 from sparsec.testing import _obey
 
@@ -28,12 +28,15 @@ FORMATS: tuple[tuple[Format, int, int], ...] = (
     (CSRGroups(), 34, 300),
     (SELL(16, 8), 37, 53),
     (SELL(), 34, 300),
+    (Window(32), 37, 53),
+    (Window(64), 34, 300),
+    (Window(32), 18, 64),
 )
 
 
 def _spec(fmt: Format, out: int, inp: int, isa: str = ISAS[0], dtype: str = "float32") -> KernelSpec:
     resolved = fmt.resolve(out, inp)
-    plan = tuple(line for line in PLAN if line[1] != "gemv") if fmt.name == "sell" else PLAN
+    plan = {"sell": PLAN[1:], "window": ((0, "gemv", 1),)}.get(fmt.name, PLAN)
     return KernelSpec(
         op="linear", variant=f"linear_{fmt.name}" + ("_bf16" if dtype == "bfloat16" else ""), format=resolved.text(),
         dtype=dtype, out_features=out, in_features=inp, isa=isa, bias=True, plan=plan,
@@ -43,7 +46,7 @@ def _spec(fmt: Format, out: int, inp: int, isa: str = ISAS[0], dtype: str = "flo
 
 def _grid() -> list[tuple[Format, KernelSpec]]:
     """Every format on the best and the baseline instruction set, one of each kind on the others and in bf16."""
-    kinds = [FORMATS[1], FORMATS[5], FORMATS[7], FORMATS[9]]
+    kinds = [FORMATS[1], FORMATS[5], FORMATS[7], FORMATS[9], FORMATS[11]]
     cases = [(case, isa, "float32") for isa in dict.fromkeys((ISAS[0], ISAS[-1])) for case in FORMATS]
     cases += [(case, isa, "float32") for case in kinds for isa in ISAS[1:-1]]
     cases += [(case, ISAS[0], "bfloat16") for case in kinds]
@@ -113,7 +116,7 @@ def test_stored_positions_pass_inf_and_nan_on_and_others_ignore_them(fmt: Format
         assert not dirty[:, stored].isfinite().any()
 
 
-@pytest.mark.parametrize("which", [0, 5, 7, 9])
+@pytest.mark.parametrize("which", [0, 5, 7, 9, 12])
 def test_one_thread_and_three_give_the_same_bits(which: int) -> None:
     fmt, out, inp = FORMATS[which]
     spec = _spec(fmt, out, inp)
@@ -142,6 +145,8 @@ def test_one_thread_and_three_give_the_same_bits(which: int) -> None:
         (9, {"indices": lambda t: t[:-1]}, "indices has the wrong number of elements"),
         (9, {"rows": lambda t: t[:-1]}, "rows has the wrong number of elements"),
         (9, {"pointers": lambda t: t + 1}, "the last of pointers does not match"),
+        (11, {"places": lambda t: t[:-1]}, "places has the wrong number of elements"),
+        (11, {"starts": lambda t: t[:-1]}, "starts has the wrong number of elements"),
         (7, {"indices": lambda t: t[:-1]}, "the last of starts does not match the number of entries"),
     ],
 )
@@ -166,6 +171,7 @@ def test_entry_refuses_buffers_of_other_sizes(which: int, change: dict[str, obje
         (7, (("block", 256),), "1 to 255 columns"),
         (9, (("block", 256), ("window", 8)), "1 to 255 columns"),
         (9, (("block", 16), ("window", 6)), "multiples of 4 rows"),
+        (11, (("reach", 48),), "32 or 64 inputs"),
     ],
 )
 def test_templates_refuse_fields_they_cannot_print(
