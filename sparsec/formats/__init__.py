@@ -19,7 +19,6 @@ from sparsec.formats.nm import NM
 from sparsec.formats.nmg import NMG
 from sparsec.formats.pairs import Pairs
 from sparsec.formats.permuted import Permuted
-from sparsec.formats.picks import Picks
 from sparsec.formats.quantized import Quantized
 from sparsec.formats.sell import SELL
 from sparsec.formats.spqr import SpQR
@@ -29,7 +28,7 @@ from sparsec.formats.two_four import TwoFour
 from sparsec.formats.window import Window
 
 _BUILT_IN = (
-    Dense, CSR, CSRGroups, SELL, Window, Bitmask, BSR, NM, FanIn, TiledCSL, TwoFour, GroupInt4, SpQR, Quantized, Pairs, Picks,
+    Dense, CSR, CSRGroups, SELL, Window, Bitmask, BSR, NM, FanIn, TiledCSL, TwoFour, GroupInt4, SpQR, Quantized, Pairs,
     NMG, BlockNM, Permuted, Sum,
 )  # fmt: skip
 FORMATS: dict[str, type[Format]] = {cls.name: cls for cls in _BUILT_IN}
@@ -154,7 +153,6 @@ __all__ = [
     "GroupInt4",
     "Pairs",
     "Permuted",
-    "Picks",
     "Quantized",
     "SpQR",
     "Sum",
