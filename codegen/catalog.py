@@ -160,7 +160,7 @@ CATALOG: tuple[Variant, ...] = (
     ),
     Variant(
         "linear_quantized", "linear", "quantized", "linear_quantized.c.jinja",
-        isas=("avx512vnni", *_AVX512_TO_C), choose=plans.linear,
+        isas=("avx512vnni", *_AVX512_TO_C), choose=plans.linear, needs=plans.byte_sums,
     ),
     Variant("linear_nm", "linear", "nm", "linear_nm.c.jinja", isas=_AVX512_TO_C, choose=plans.linear),
     Variant(

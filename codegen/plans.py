@@ -38,6 +38,12 @@ def linear(problem: Problem, fmt: Format, target: Target, isa: str) -> tuple[tup
     return ((DEFAULT_PLAN, ()),)
 
 
+def byte_sums(problem: Problem, fmt: Format, target: Target) -> str | None:
+    """Products of bytes are summed in 32 bits, which hold 65536 of them for certain."""
+    inputs = problem.in_features
+    return f"sums of {inputs} products of bytes may overflow 32 bits (at most 65536 inputs)" if inputs > 65536 else None
+
+
 def panel_block(target: Target, columns: int) -> int:
     """Inputs per block, a power of two, so that block * columns fp32 activations fit L1d.
 

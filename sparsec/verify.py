@@ -7,6 +7,7 @@ analysis", theorem 2.4), and fused multiply-adds, blocking and the epilogue are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,9 @@ _ROWS = 1024  # rows of x that are checked at a time: bounds the float64 copies
 SAMPLE = 256
 """Rows that `compile` checks per site: the first, the last and evenly spaced ones between. Rows are independent, so
 this covers every output feature, every panel position and the remainder at a fixed cost."""
-_LIPSCHITZ = 1.2  # no epilogue step but `scale` stretches an error by more (gelu: 1.13)
+_SLOPES = {"gelu": 1.13, "gelu_tanh": 1.13, "silu": 1.1, "hardswish": 1.5}
+"""Largest slope of the steps that stretch an error; `scale` is counted as it comes, the others have 1 at most."""
+_SLACK = 1.2  # for what steps round themselves
 
 
 @dataclass(frozen=True)
@@ -238,5 +241,6 @@ def _bounded(
     accumulate = torch.finfo(torch.float32 if dtype != torch.float64 else torch.float64).eps
     rounding = torch.finfo(dtype)
     count = longest + (bias is not None) + len(steps)
-    bound = _LIPSCHITZ * (8 + 2 * count**0.5) * accumulate * size + 2 * rounding.eps * want.abs() + rounding.tiny
-    return Expected(want, bound if more is None else bound + _LIPSCHITZ * more)
+    stretch = _SLACK * math.prod(_SLOPES.get(step.name, 1.0) for step in steps)
+    bound = stretch * (8 + 2 * count**0.5) * accumulate * size + 2 * rounding.eps * want.abs() + rounding.tiny
+    return Expected(want, bound if more is None else bound + stretch * more)

@@ -11,8 +11,9 @@ from test_kernels_linear import BATCHES, ISAS, PLAN, _Fence
 
 import sparsec
 from sparsec import codes, verify
+from sparsec.codegen import catalog
 from sparsec.codegen.build import build_kernels
-from sparsec.codegen.kernel import KernelSpec
+from sparsec.codegen.kernel import KernelSpec, Problem
 from sparsec.errors import FormatError, SpecError
 from sparsec.formats import CSR, CSRGroups, Quantized, parse
 from sparsec.target import Target
@@ -148,3 +149,11 @@ def test_compile_reports_the_error_and_respects_the_tolerance() -> None:
     refused = sparsec.compile(model, {"<root>": Quantized()}, (x,), tune="off", min_speedup=0, tolerance=0.0)
     assert sparsec.report(refused).rows[0].code == codes.TOLERANCE
     torch.testing.assert_close(refused(x), model(x))
+
+
+def test_more_products_than_32_bits_hold_are_refused() -> None:
+    target, fmt = Target.probe(), Quantized()
+    for inputs, refused in ((65536, False), (65537, True)):
+        problem = Problem("linear", 4, inputs, "float32", 100)
+        assert (catalog.variant("linear_quantized").refuse(problem, fmt, target) is not None) == refused
+    assert "may overflow 32 bits" in (catalog.variant("linear_quantized").refuse(problem, fmt, target) or "")

@@ -110,3 +110,21 @@ def test_products_with_infinities_equal_the_sum_of_stored_products(seed: int) ->
         want = torch.stack([torch.stack([(r[k] * w[k]).sum() for w, k in zip(weight, places)]) for r in x])
         assert torch.equal(found.isnan(), want.isnan())
         torch.testing.assert_close(found, want, equal_nan=True, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name in STEPS if name not in ("scale", "add")])
+def test_no_step_stretches_an_error_by_more_than_its_bound_allows(name: str) -> None:
+    y = torch.linspace(-8, 8, 160_001, dtype=torch.float64)
+    out = verify.apply_steps((Step(name, (-6.0, 6.0)[: STEPS[name]]),), y, None)
+    steepest = float((out.diff() / y.diff()).abs().max())
+    assert steepest <= verify._SLOPES.get(name, 1.0) + 1e-9
+    assert steepest >= 0.9 * verify._SLOPES.get(name, 1.0)  # and the table says no more than it must
+
+
+def test_a_blurred_input_behind_the_steepest_step_stays_in_its_bound() -> None:
+    """A product of one entry may be off by all of the blur, and hardswish is steepest at 3."""
+    x, weight = torch.tensor([[2.99]]), torch.ones(1, 1)
+    y = torch.nn.functional.hardswish(torch.tensor([[2.99 - 0.01]]))
+    blur = torch.tensor([0.01])
+    assert verify.check(y, x, weight, None, (Step("hardswish"),), blur=blur).ok
+    assert not verify.check(y, x, weight, None, (Step("hardswish"),), blur=blur / 2).ok
