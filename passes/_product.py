@@ -75,6 +75,13 @@ def _shape(node: fx.Node) -> tuple[Any, ...]:
     return tuple(getattr(node.meta.get("val"), "shape", ()))
 
 
+def rows(node: fx.Node) -> tuple[int, ...]:
+    """How many rows a linear's input has, where the capture recorded it as a number; else ()."""
+    read = node.args[0]
+    sizes = _shape(read)[:-1] if isinstance(read, fx.Node) else ()
+    return (max(1, math.prod(sizes)),) if sizes and all(isinstance(s, int) for s in sizes) else ()
+
+
 def geometry(node: fx.Node, fact: Fact) -> Conv | str:
     """The geometry of a convolution node, or why it has none that a kernel could be made for."""
     bound = arguments(node)

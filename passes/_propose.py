@@ -26,7 +26,7 @@ AUTO_DENSITY = 0.7
 
 # structure kind -> format name that `Auto` tries beside the unstructured ones
 _STRUCTURED = {"block": "bsr", "nm": "nm", "fan_in": "fan_in"}
-_UNSTRUCTURED = ("tiled_csl", "csr", "csr_groups", "sell", "pairs", "bitmask")
+_UNSTRUCTURED = ("tiled_csl", "csr", "csr_groups", "sell", "pairs", "window", "bitmask")
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,8 @@ def propose(gm: fx.GraphModule, node: fx.Node, fact: Fact, ctx: Context) -> Prop
             if found:
                 return Proposal(node, fact, problem, found)
             return _stay(Proposal(node, fact, problem), ctx, codes.TOO_DENSE, density=fact.density)
+        if problem.op == "linear":
+            problem = dataclasses.replace(problem, batches=_product.rows(node))
         formats = _auto_formats(fact, problem, ctx)
         if not any(structure.kind in _STRUCTURED for structure in fact.structures):
             weight = get_constant(gm, fact.weight).detach().reshape(rows, cols)
