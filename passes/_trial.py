@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -183,13 +184,8 @@ class Trial:
         key = (proposal.fact.weight, fmt)
         if key not in self._packs:
             weight = get_constant(self.gm, proposal.fact.weight).detach()
-            try:
+            with _memory(proposal, weight.device, f"pack a {tuple(weight.shape)} weight as {fmt.text()}"):
                 packed = fmt.pack(weight.reshape(proposal.fact.matrix))
-            except torch.OutOfMemoryError as error:
-                raise DeviceError(
-                    f"site {proposal.fact.site!r}: no memory on {weight.device} to pack a {tuple(weight.shape)} weight "
-                    f"as {fmt.text()}; free some, leave the site dense in the spec, or compile on the CPU ({error})"
-                ) from error
             fmt.validate(packed, *proposal.fact.matrix)
             self._packs[key] = packed
         return self._packs[key]
@@ -230,7 +226,7 @@ class Trial:
         fmt, packed = candidate.format, self.pack(proposal, candidate.format)
         if not fmt.exact:
             weight = fmt.unpack(packed, *proposal.fact.matrix)
-        with torch.inference_mode():
+        with torch.inference_mode(), _memory(proposal, x.device, f"run {candidate.spec.variant} once"):
             y = self._sparse(proposal, candidate, x, residual)()
             stored, steps = fmt.positions(packed, *proposal.fact.matrix), proposal.fact.epilogue
             verdicts = [
@@ -276,7 +272,8 @@ class Trial:
                 *(self._sparse(proposal, c, xb, rb) for c in built),
                 *([_prepacked.call(packed, weight, bias, xb, rb)] if packed else []),
             ]
-            timing = tune.measure(contenders)
+            with _memory(proposal, x.device, f"time {', '.join(c.spec.variant for c in built)} on {batch} rows"):
+                timing = tune.measure(contenders)
             tune.remember(key, timing)
             if not timing.steady:
                 self.ctx.report.note("the machine was busy while sites were timed: their times were not stored")
@@ -339,6 +336,20 @@ class Trial:
         if modelled:
             return codes.MODEL_SAYS_DENSE, ()
         return (codes.WITHIN_MARGIN if sum(sparse) <= sum(dense) else codes.DENSE_FASTER), ()
+
+
+@contextlib.contextmanager
+def _memory(proposal: Proposal, device: torch.device, what: str) -> Iterator[None]:
+    """A device whose memory does not suffice is a DeviceError; nothing has been installed by then."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "out of device memory" not in str(error):
+            raise
+        raise DeviceError(
+            f"site {proposal.fact.site!r}: no memory on {device} to {what}; free some, leave the site dense in the "
+            f"spec, or compile on the CPU ({error})"
+        ) from error
 
 
 def _rows(x: torch.Tensor, batch: int) -> torch.Tensor:

@@ -28,7 +28,8 @@
 #define SPARSEC_COPIES
 #define SPARSEC_MMA
 #define SPARSEC_MMA_SP
-#define LAUNCH(kernel, grid, block, shared, stream, ...) emulation::launch(grid, block, shared, [&] { kernel(__VA_ARGS__); })
+#define LAUNCH(kernel, grid, block, shared, stream, ...) \
+  (emulation::queued(stream), emulation::launch(grid, block, shared, [&] { kernel(__VA_ARGS__); }))
 #define DYNAMIC_SHARED(name) unsigned char *name = emulation::shared
 
 struct dim3 {
@@ -37,7 +38,7 @@ struct dim3 {
 };
 struct uint4 { uint32_t x, y, z, w; };
 static inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
-typedef void *cudaStream_t;
+typedef struct CUstream_st *cudaStream_t;
 typedef int cudaError_t;
 enum { cudaSuccess = 0, cudaErrorEmulation = 1, cudaDevAttrMultiProcessorCount = 16, cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 static dim3 threadIdx, blockIdx, blockDim, gridDim;
@@ -92,6 +93,10 @@ static unsigned char *shared;
 static size_t shared_bytes;
 static long conflicts, launches;
 static const char *failure;
+static int device;  // the current one; tensors are on device 0
+static cudaStream_t stream;  // of the last launch
+static long misplaced;  // launches while another device than the tensors' was current
+static bool memory = true;  // whether scratch memory can be had
 static std::vector<Fiber> fibers;
 static std::vector<Slot> slots;  // [fiber][phase]
 static size_t running;
@@ -175,6 +180,11 @@ static void run_block() {
   } while (release());
 }
 
+static void queued(cudaStream_t on) {
+  stream = on;
+  misplaced += device != 0;
+}
+
 static void launch(dim3 grid, dim3 block, size_t bytes, const std::function<void()> &kernel) {
   launches++;
   const size_t threads = (size_t)block.x * block.y * block.z, page = (size_t)sysconf(_SC_PAGESIZE);
@@ -221,8 +231,8 @@ static inline const char *cudaGetErrorString(cudaError_t) {
   emulation::failure = nullptr;
   return why;
 }
-static inline cudaError_t cudaGetDevice(int *device) { return *device = 0, cudaSuccess; }
-static inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+static inline cudaError_t cudaGetDevice(int *device) { return *device = emulation::device, cudaSuccess; }
+static inline cudaError_t cudaSetDevice(int device) { return emulation::device = device, cudaSuccess; }
 static inline cudaError_t cudaDeviceGetAttribute(int *value, int, int) { return *value = 4, cudaSuccess; }
 template <class T> static inline cudaError_t cudaFuncSetAttribute(T *, int, int bytes) {
   return bytes <= 227 * 1024 ? cudaSuccess : cudaErrorEmulation;
@@ -367,3 +377,19 @@ extern "C" __attribute__((visibility("default"))) long emulation_launches() {
   emulation::launches = 0;
   return seen;
 }
+
+// What was current when kernels were queued: for tests of the launch code.
+extern "C" __attribute__((visibility("default"))) int emulation_set_device(int device) {
+  const int before = emulation::device;
+  emulation::device = device;
+  return before;
+}
+extern "C" __attribute__((visibility("default"))) void *emulation_stream() { return emulation::stream; }
+extern "C" __attribute__((visibility("default"))) long emulation_misplaced() {
+  const long seen = emulation::misplaced;
+  emulation::misplaced = 0;
+  return seen;
+}
+extern "C" __attribute__((visibility("default"))) void emulation_set_memory(int there) { emulation::memory = there; }
+#include <tvm/ffi/extra/c_env_api.h>
+#define TVMFFIEnvTensorAlloc(like, owner) (emulation::memory ? TVMFFIEnvTensorAlloc(like, owner) : -1)

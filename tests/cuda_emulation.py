@@ -35,6 +35,23 @@ class Emulated:
         """Kernels launched since this was last asked."""
         return int(self.library.emulation_launches())
 
+    def stream(self) -> int:
+        """The stream of the last launch."""
+        self.library.emulation_stream.restype = ctypes.c_void_p
+        return self.library.emulation_stream() or 0
+
+    def set_device(self, device: int) -> int:
+        """Make another device current; which one was."""
+        return int(self.library.emulation_set_device(device))
+
+    def misplaced(self) -> int:
+        """Launches, since this was last asked, while another device was current than the tensors are on."""
+        return int(self.library.emulation_misplaced())
+
+    def set_memory(self, there: bool) -> None:
+        """Whether scratch memory can be had from here on."""
+        self.library.emulation_set_memory(int(there))
+
 
 def available() -> str | None:
     """Why there is no emulation here; None when there is."""
