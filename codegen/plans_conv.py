@@ -20,6 +20,7 @@ OFFSETS, PANEL, IN_PLACE = 0, 1, 2
 CHUNK_BYTES = 128 << 10  # of sums that wait between two steps
 LONGEST_STRIP = 1024  # positions
 MAX_ROWS = 16  # outputs of a block
+MANY_CHANNELS = 256  # from here on, copies of unaligned planes are worth their making
 MAX_DENSE = 256  # inputs per output of the dense kernel
 
 
@@ -85,9 +86,8 @@ def refuse_dense(problem: Problem, fmt: Format, target: Target) -> str | None:
 
 def dense(problem: Problem, fmt: Format, target: Target, isa: str) -> tuple[tuple[Plan, Tile], ...]:
     """All channels in one step, by offset: these weights are small."""
-    conv = _geometry(problem)
     columns = 4 * max(ISAS[isa].lanes, 4)
-    mode = IN_PLACE if conv.layout.flat and problem.dtype == "float32" and conv.pixels % columns == 0 else OFFSETS
+    mode = IN_PLACE if _in_place(problem, columns // 4) else OFFSETS
     tile = (
         ("mode", mode), ("columns", columns), ("strip", _strip(problem, target, columns, mode)), ("step", 1),
         ("chunk", 16), ("block", problem.in_features),
@@ -96,10 +96,10 @@ def dense(problem: Problem, fmt: Format, target: Target, isa: str) -> tuple[tupl
 
 
 def depthwise(problem: Problem, fmt: Format, target: Target, isa: str) -> tuple[tuple[Plan, Tile], ...]:
-    """Whole rows of one channel at a time, as many as stay in half of L1."""
+    """Whole rows of one channel at a time, as many as stay in L1 beside those of the next channel."""
     conv = _geometry(problem)
     lay = conv.layout
-    room = max(1, target.l1d // 2 // 4 // len(lay.phases) - lay.span - 32)
+    room = max(1, target.l1d * 3 // 8 // 4 // len(lay.phases) - lay.span - 32)
     rows = max(1, min(lay.rows, room // lay.pitch))
     rows = -(-lay.rows // -(-lay.rows // rows))  # strips of even height
     tile = (("mode", OFFSETS), ("columns", 64), ("strip", rows * lay.pitch), ("step", 1), ("chunk", 16))
@@ -107,17 +107,26 @@ def depthwise(problem: Problem, fmt: Format, target: Target, isa: str) -> tuple[
 
 
 def tiles(problem: Problem, fmt: Format, target: Target, isa: str) -> tuple[tuple[Plan, Tile], ...]:
-    """1x1 kernels read x in place where its tiles fill the image, others packed planes, by offset or by a panel."""
+    """1x1 kernels read x in place, or packed planes where x has unaligned ones; others by offset or by a panel."""
     conv = _geometry(problem)
     lanes = max(ISAS[isa].lanes, 4)
     columns = 4 * lanes
-    if conv.layout.flat and problem.dtype == "float32" and conv.pixels % columns == 0:
-        return (((), _tile(problem, fmt, target, columns, IN_PLACE)),)
+    if _in_place(problem, lanes):
+        wide = (((), _tile(problem, fmt, target, columns, IN_PLACE)),)
+        if conv.pixels % lanes == 0 or problem.in_features < MANY_CHANNELS:
+            return wide
+        return (*wide, ((), _tile(problem, fmt, target, columns, OFFSETS)))
     offsets, panel = (((), _tile(problem, fmt, target, columns, mode)) for mode in (OFFSETS, PANEL))
     if conv.taps == 1:
         return (offsets,)
     whole = dict(fmt.fields()).get("block", 1) % conv.taps == 0
     return (panel, offsets) if whole else (panel,)
+
+
+def _in_place(problem: Problem, lanes: int) -> bool:
+    """Whether a kernel can read x itself: the pixels of the output are those of the input, and fill a vector."""
+    conv = _geometry(problem)
+    return conv.layout.flat and problem.dtype == "float32" and conv.pixels >= lanes
 
 
 def _tile(problem: Problem, fmt: Format, target: Target, columns: int, mode: int) -> Tile:
