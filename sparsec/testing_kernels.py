@@ -1,5 +1,7 @@
 """The battery of random kernel problems, in blocks that add up: `python -m sparsec.testing_kernels --problems 200000`.
 
+With `--op conv` they are convolutions (`testing_conv`).
+
 A block draws a few kernels, half of them in pairs that compute the same thing from two formats, and runs many problems
 on each: the float64 oracle on every one, and a metamorphic relation.
 """
@@ -16,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from sparsec import testing_conv
 from sparsec.codegen import catalog
 from sparsec.codegen.build import build_kernels
 from sparsec.codegen.kernel import KernelSpec
@@ -123,15 +126,17 @@ def main() -> int:
     parser.add_argument("--problems", type=int, default=2000, help="in all, with those already recorded")
     parser.add_argument("--each", type=int, default=250, help="problems on one kernel (half a second to build)")
     parser.add_argument("--variant", action="append", default=[], help="only this catalogue variant; may be repeated")
+    parser.add_argument("--op", choices=("linear", "conv"), default="linear", help="what the kernels compute")
     parser.add_argument("--target", default="cpu", help="cpu or tvm")
     parser.add_argument("--totals", type=Path, default=DEFAULT_PATH, help="JSON file that runs add to")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no block after this long")
     options = parser.parse_args()
     target = Target.probe() if options.target == "cpu" else Target.parse(options.target)
-    battery = " ".join(["kernels", options.target, str(options.each), *options.variant])
+    kind, draw = ("kernels", block) if options.op == "linear" else ("conv", testing_conv.block)
+    battery = " ".join([kind, options.target, str(options.each), *options.variant])
     record = resume(
         Totals(options.totals), battery, options.seed, options.problems, "problems",
-        lambda number: block(options.seed, number, options.each, target, options.variant), options.seconds,
+        lambda number: draw(options.seed, number, options.each, target, options.variant), options.seconds,
     )  # fmt: skip
     print(summary(options.seed, record))
     return 1 if record["failures"] else 0

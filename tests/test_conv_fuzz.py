@@ -1,0 +1,107 @@
+"""Random convolutions: against the oracle, under sanitizers between guard pages, and what peak memory they take."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sanitizer import build, execute, supported
+
+from sparsec import testing_conv
+from sparsec.codegen import catalog, conv_variants
+from sparsec.codegen.kernel import DTYPES, KernelSpec
+from sparsec.target import Target
+from sparsec.testing_conv import ConvCase, ConvData
+
+TARGET = Target.probe()
+VARIANTS = [v.name for v in conv_variants.VARIANTS]
+
+
+@functools.cache
+def _missing(kind: str) -> str | None:
+    with tempfile.TemporaryDirectory() as folder:
+        return supported(kind, Path(folder))
+
+
+def _kernel(variant: str, seed: int, isa: str) -> tuple[ConvCase, KernelSpec]:
+    """A random kernel that starts threads for the smallest call."""
+    rng = np.random.default_rng((seed, VARIANTS.index(variant)))
+    case = testing_conv.draw_case(rng, TARGET.limit(isa), [catalog.variant(variant)])
+    case = dataclasses.replace(case, isa=isa)
+    spec = case.spec(TARGET)
+    assert spec is not None
+    tile = tuple((k, v) for k, v in spec.tile if k != "one_thread")
+    return case, dataclasses.replace(spec, tile=(*tile, ("one_thread", 0)))
+
+
+def _battery(variant: str, seed: int, kind: str, isa: str, folder: Path, calls: int) -> int:
+    if reason := _missing(kind):
+        pytest.skip(reason)
+    case, spec = _kernel(variant, seed, isa)
+    program, rng = build(spec, kind, folder), np.random.default_rng(seed)
+    for number in range(calls):
+        data = dataclasses.replace(testing_conv.draw_data(rng), images=(1, 0, 3, 2)[number % 4])
+        call = testing_conv.make_call(case, data)
+        y = torch.full((data.images, case.out, *case.conv.out), float("nan"), dtype=DTYPES[case.dtype])
+        arguments = [call.x, y, call.bias, call.residual, *call.buffers]
+        wrong, got = execute(program, arguments, 1 + number % 4, low=number % 2 == 1)
+        assert not wrong, f"{case}\n{data}\n{wrong[0]}"
+        verdict = testing_conv.judge(case, call, got)
+        assert verdict.ok, f"{case}\n{data}\n{verdict.sentence}"
+    return calls
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_memory_is_safe_and_behaviour_defined(variant: str, tmp_path: Path) -> None:
+    assert _battery(variant, 5, "address", TARGET.isas[0], tmp_path, 5) == 5
+
+
+@pytest.mark.parametrize("variant", ["conv_csr", "conv_depthwise"])
+def test_threads_share_nothing_they_write(variant: str, tmp_path: Path) -> None:
+    assert _battery(variant, 6, "thread", "portable", tmp_path, 5) == 5
+
+
+def test_the_sanitizer_sees_a_bad_index(tmp_path: Path) -> None:
+    """The net has no hole: a column one beyond the input is reported."""
+    if reason := _missing("address"):
+        pytest.skip(reason)
+    case, spec = _kernel("conv_csr", 5, "portable")
+    data = ConvData("full", 1.0, 1, 1, 0)
+    call = testing_conv.make_call(case, data)
+    buffers = dict(zip(case.format.buffers, call.buffers, strict=True))
+    buffers["indices"] = torch.full_like(buffers["indices"], 2**15 - 1)
+    y = torch.empty((1, case.out, *case.conv.out), dtype=DTYPES[case.dtype])
+    wrong, _ = execute(
+        build(spec, "address", tmp_path), [call.x, y, call.bias, call.residual, *buffers.values()], 1, low=False
+    )
+    assert "status" in wrong[0]
+
+
+def test_random_problems_agree_with_float64_and_with_one_thread() -> None:
+    found = list(testing_conv.run(11, kernels=3, problems=6))
+    assert len(found) == 18
+    for case, data, wrong in found:
+        assert not wrong, f"{case}\n{data}\n{wrong}"
+
+
+def test_a_wrong_output_is_seen() -> None:
+    case, _ = _kernel("conv_csr", 5, TARGET.isas[0])
+    data = ConvData("uniform", 0.5, 1, 1, 0)
+    call = testing_conv.make_call(case, data)
+    y = torch.zeros(1, case.out, *case.conv.out).to(DTYPES[case.dtype])
+    assert not testing_conv.judge(case, call, y + 7).ok
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", ["address", "thread"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_instruction_set(variant: str, kind: str, tmp_path: Path) -> None:
+    for isa in catalog.variant(variant).isas:
+        if isa in TARGET.isas:
+            for seed in range(20, 24):
+                _battery(variant, seed, kind, isa, tmp_path, 12)
