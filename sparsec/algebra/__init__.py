@@ -18,6 +18,7 @@ from sparsec.algebra.operands import (
 from sparsec.algebra.plan import Plan, plan
 from sparsec.algebra.rules import Rule, rule, rules
 from sparsec.algebra.sharing import plan_many
+from sparsec.algebra.store import from_dict
 
 __all__ = [
     "Circulant",
@@ -33,6 +34,7 @@ __all__ = [
     "Sparse",
     "Symmetric",
     "Toeplitz",
+    "from_dict",
     "plan",
     "plan_many",
     "rule",

@@ -9,7 +9,7 @@ from typing import Any
 
 from sparsec.algebra.cost import Sizes
 from sparsec.algebra.network import Network
-from sparsec.algebra.operands import Operand, operand
+from sparsec.algebra.operands import Operand, operand, symbol
 from sparsec.algebra.plan import Plan, single
 from sparsec.algebra.text import count
 from sparsec.errors import InputError
@@ -78,6 +78,12 @@ class Buckets:
                 begin = right
         return tuple((a, b, p) for a, b, p in made)
 
+    def to_dict(self) -> dict[str, Any]:
+        """All plans as plain values that `json` writes; `sparsec.algebra.from_dict` reads them back."""
+        from sparsec.algebra.store import to_dict
+
+        return to_dict(self)
+
     def __repr__(self) -> str:
         lines = [f"Buckets {self.plans[0].outputs[0].network.equation} over {', '.join(s.name for s in self.symbols)}"]
         lines.append(f"  before: {count(self.plans[0].naive)} flops in one loop nest over dense operands")
@@ -95,8 +101,6 @@ def bucketed(
     network: Network, given: Sequence[Operand], same: Sequence[int], limit: float, memory: int | None
 ) -> Buckets:
     """Plans at sample sizes, one per distinct order, with their FLOPs as expressions."""
-    import sympy
-
     symbols = tuple(sorted({v for s in network.sizes if not isinstance(s, int) for v in s.free_symbols}, key=str))
     some = SAMPLES if len(symbols) == 1 else SAMPLES[::4]
     plans: dict[Any, Plan] = {}
@@ -105,5 +109,20 @@ def bucketed(
         sample = Sizes([s if isinstance(s, int) else int(s.subs(values)) for s in network.sizes])
         made = single(network, given, same, sample, Sizes(network.sizes), limit, memory)
         plans.setdefault(tuple((s.mode, s.text) for s in made.steps), made)
-    counters = tuple(sympy.lambdify(symbols, p.flops, "math") for p in plans.values())
-    return Buckets(symbols, tuple(plans.values()), counters)
+    return _counted(symbols, tuple(plans.values()))
+
+
+def from_plans(names: Sequence[str], plans: Sequence[Plan]) -> Buckets:
+    """Buckets of plans that were stored, over the sizes of these names. Raises ValueError for costs of other sizes."""
+    symbols = tuple(symbol(name) for name in names)
+    for plan in plans:
+        strange = getattr(plan.flops, "free_symbols", set()) - set(symbols)
+        if strange:
+            raise ValueError(f"a cost depends on {min(map(str, strange))!r}, which is no size of this plan")
+    return _counted(symbols, tuple(plans))
+
+
+def _counted(symbols: tuple[Any, ...], plans: tuple[Plan, ...]) -> Buckets:
+    import sympy
+
+    return Buckets(symbols, plans, tuple(sympy.lambdify(symbols, p.flops, "math") for p in plans))

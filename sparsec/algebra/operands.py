@@ -79,11 +79,16 @@ def operand(value: Any, dtype: torch.dtype = torch.float32) -> Operand:
     )
 
 
+def symbol(name: str) -> Any:
+    """The sympy symbol of a size that is known only at the call."""
+    from sympy import Symbol
+
+    return Symbol(name, integer=True, positive=True)
+
+
 def _size(size: Any) -> Size:
     if isinstance(size, str):
-        from sympy import Symbol
-
-        return Symbol(size, integer=True, positive=True)
+        return symbol(size)
     if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
         return size
     if hasattr(size, "free_symbols"):

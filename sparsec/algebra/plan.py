@@ -124,6 +124,12 @@ class Plan:
         sizes.update(zip(out.labels, value.shape))
         return execute.assemble(value, out.labels, out.network.output, out.network.free, sizes)
 
+    def to_dict(self) -> dict[str, Any]:
+        """This plan as plain values that `json` writes; `sparsec.algebra.from_dict` reads them back."""
+        from sparsec.algebra.store import to_dict
+
+        return to_dict(self)
+
     def __repr__(self) -> str:
         from sparsec.algebra.text import describe
 
