@@ -17,7 +17,7 @@ import torch
 from sparsec import verify
 from sparsec.codegen import catalog
 from sparsec.codegen.kernel import DTYPES, KernelSpec, Problem, Step
-from sparsec.formats import BSR, CSR, FORMATS, NM, NMG, Bitmask, Buffers, CSRGroups, FanIn, Format
+from sparsec.formats import BSR, CSR, FORMATS, NM, NMG, Bitmask, Buffers, CSRGroups, FanIn, Format, Picks
 from sparsec.target import Target
 from sparsec.testing_relations import RELATIONS, Trial, run_packed
 
@@ -122,10 +122,17 @@ def draw_format(rng: np.random.Generator, name: str, rows: int, cols: int) -> Fo
     if name == "fan_in":
         return make(int(rng.integers(1, min(cols, 40) + 1)), (None, 32)[int(rng.integers(2))]).resolve(rows, cols)
     if name == "quantized":
-        inner: Callable[..., Format] = FORMATS["csr_groups"]
-        return make(inner((None, 7, 64, 255)[int(rng.integers(4))])).resolve(rows, cols)
+        codes = (*(CSRGroups(block) for block in (None, 7, 64, 255)), Picks(), Bitmask(64))
+        return make(codes[int(rng.choice(6, p=(0.1, 0.1, 0.1, 0.1, 0.3, 0.3)))]).resolve(rows, cols)
     if name == "csr_groups":
         return make((None, 7, 64, 128, 255)[int(rng.integers(5))]).resolve(rows, cols)
+    if name == "pairs":
+        return make(CSRGroups((1, 7, 64, 255)[int(rng.integers(4))])).resolve(rows, cols)
+    if name == "sell":
+        block, window = (None, 7, 64, 255)[int(rng.integers(4))], (4, 8, 128, 256)[int(rng.integers(4))]
+        return make(block, window).resolve(rows, cols)
+    if name == "window":
+        return make((32, 64)[int(rng.integers(2))]).resolve(rows, cols)
     return make().resolve(rows, cols)
 
 
