@@ -92,14 +92,22 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "spinning": _spinning(),
         "load": os.getloadavg()[0],
     }
+
+
+def _spinning() -> bool:
+    """Whether OpenMP threads look out for the next region a while, as they do unless the environment says otherwise."""
+    spins = os.environ.get("GOMP_SPINCOUNT")
+    return os.environ.get("OMP_WAIT_POLICY", "").lower() != "passive" if spins is None else spins != "0"
 
 
 def headline() -> str:
     """The machine in one line."""
     m = machine()
-    return f"{m['processor']}, {m['threads']} of {m['cores']} cores, {m['isa']}, torch {m['torch']}"
+    asleep = "" if m["spinning"] else ", threads sleep between calls: every parallel region pays for waking them"
+    return f"{m['processor']}, {m['threads']} of {m['cores']} cores, {m['isa']}, torch {m['torch']}{asleep}"
 
 
 def write_json(path: str | None, kind: str, rows: list[dict[str, Any]], **more: Any) -> None:

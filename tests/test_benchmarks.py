@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ sys.path.insert(0, str(FOLDER))
 import limits  # noqa: E402
 import linear  # noqa: E402
 import readme_table  # noqa: E402
+import speedups  # noqa: E402
 import timing  # noqa: E402
 
 from sparsec.target import Target  # noqa: E402
@@ -60,7 +62,42 @@ def test_json_names_the_machine(tmp_path: Path):
 def test_layers_have_exactly_the_wanted_zeros():
     layer = linear.layer_of(linear.Case((96, 100), 1, 0.95, torch.bfloat16))
     assert torch.count_nonzero(layer.weight) == 480 and layer.weight.dtype == torch.bfloat16
-    assert len(list(linear.grid(quick=False))) == 96 and len(list(linear.grid(quick=True))) == 2
+    assert len(list(linear.grid(linear.arguments([])))) == 120
+    assert len(list(linear.grid(linear.arguments(["--quick"])))) == 2
+    given = ["--structure", "bsr(r=4,c=1)", "--dtype", "float32", "--shape", "32", "48", "--batches", "8"]
+    (blocks,) = linear.grid(linear.arguments([*given, "--zeros", "0.75"]))
+    weight = linear.layer_of(blocks).weight
+    assert torch.count_nonzero(weight) == 32 * 48 // 4
+    assert blocks.structure is not None and blocks.structure.stored(weight) == 32 * 48 // 4
+
+
+def test_speed_ups_are_drawn_with_their_limits():
+    rows = [
+        {
+            "out": 4, "in": 8, "dtype": "float32", "structure": "", "batch": b, "zeros": z, "ratio": r,
+            "limit_ratio": 2 * r,
+        }
+        for b in (1, 64) for z, r in ((0.5, 1.0), (0.9, 4.0))
+    ]  # fmt: skip
+    drawn = speedups.figure(rows)
+    assert drawn.count("<polyline") == 4 and drawn.count("stroke-dasharray") == 2 and "4 x 8, float32" in drawn
+    heights = re.findall(r'points="[\d.]+,([\d.]+) [\d.]+,([\d.]+)"', drawn)
+    assert all(float(late) < float(early) for early, late in heights), "a larger gain lies higher"
+    assert len(heights) == 4 and float(heights[0][1]) < float(heights[1][1]), "limits lie above"
+
+
+def test_a_headline_says_when_threads_sleep(monkeypatch: pytest.MonkeyPatch):
+    for spins, policy, sleeps in (
+        ("0", "", True),
+        (None, "PASSIVE", True),
+        ("300000", "PASSIVE", False),
+        (None, "", False),
+    ):
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+        monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+        if spins is not None:
+            monkeypatch.setenv("GOMP_SPINCOUNT", spins)
+        assert ("threads sleep" in timing.headline()) == sleeps
 
 
 def test_dense_peers_compute_the_layer():
