@@ -18,8 +18,8 @@ from sparsec.target import ISAS, Target
 
 SERIES = ("0.27",)  # others name modules and script functions differently
 INSTALL = "pip install 'sparsec[tvm]'"
+TUNER_CRASHES = (0, 1, 15)  # the first apache-tvm-ffi with which `tune_tir` ends the process
 _LOCK = threading.RLock()  # the script parser and the pass pipeline keep global state
-
 
 
 def version() -> str:
@@ -40,6 +40,22 @@ def version() -> str:
 @functools.cache
 def _installed() -> str:
     return importlib.metadata.version("apache-tvm")
+
+
+def tuning() -> str:
+    """Why schedules come from the rules alone and not from MetaSchedule's search, for the report."""
+    ffi = _ffi()
+    numbers = tuple(int(part) for part in re.findall(r"[0-9]+", ffi)[:3])
+    why = (
+        f"its tuner crashes with apache-tvm-ffi {ffi}"
+        if numbers >= TUNER_CRASHES
+        else "its search does not end for modules of several functions, which these kernels are"
+    )
+    return f"TVM kernels are scheduled by rules, not tuned by MetaSchedule: {why}"
+
+
+def _ffi() -> str:
+    return importlib.metadata.version("apache-tvm-ffi")
 
 
 @functools.cache

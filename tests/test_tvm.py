@@ -238,6 +238,16 @@ def test_a_missing_or_foreign_tvm_says_what_to_install(monkeypatch: pytest.Monke
     assert "pip install" in str(tvm.BACKEND.available())
 
 
+def test_the_report_says_why_schedules_are_not_tuned(monkeypatch: pytest.MonkeyPatch):
+    for ffi, why in (("0.1.15.post2", "its tuner crashes with apache-tvm-ffi 0.1.15.post2"), ("0.2.0", "tuner crashes")):
+        monkeypatch.setattr(tvm_compat, "_ffi", lambda ffi=ffi: ffi)
+        assert why in tvm_compat.tuning() and "scheduled by rules, not tuned by MetaSchedule" in tvm_compat.tuning()
+    monkeypatch.setattr(tvm_compat, "_ffi", lambda: "0.1.14.post1")
+    assert "its search does not end for modules of several functions" in tvm_compat.tuning()
+    compiled = sparsec.compile(nn.Linear(8, 8).eval(), None, target="tvm")
+    assert [note for note in sparsec.report(compiled).notes if "MetaSchedule" in note] == [tvm_compat.tuning()]
+
+
 def test_target_strings_decide_the_instruction_set():
     assert tvm_compat.isa_of("avx2") == "avx2"
     if HERE.arch == "x86_64":
@@ -280,6 +290,13 @@ def test_broken_texts_are_errors_and_damaged_files_are_forgotten(small: tuple, t
         (folder / "k.ll").write_text("define nothing")
         entry = store.store(key, folder / "k.ll", "", {})
     assert entry.library.suffix == ".ll" and store.lookup(key) is not None
+    content = entry.library.read_bytes()
+    entry.library.chmod(0o600)
+    entry.library.write_bytes(content[:-1] + b"!")
+    assert store.lookup(key) is None, "texts are checked against their hash as libraries are"
+    with store.workspace() as folder:
+        (folder / "k.ll").write_bytes(content)
+        entry = store.store(key, folder / "k.ll", "", {})
     with pytest.raises(LoadError, match="does not load as kernel"):
         tvm.BACKEND.load(entry.library, Source(spec, "tvm", ""))
     assert store.lookup(key) is None
