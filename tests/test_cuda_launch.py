@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +25,7 @@ from sparsec.formats import BSR, CSR, NM, Bitmask, Permuted, Sum
 from sparsec.passes import _propose
 from sparsec.target import Target
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 TARGET = Target.parse("cuda:sm_90")
 STREAM = 0x5EED
 emulates = pytest.mark.skipif(available() is not None, reason=str(available()))
@@ -255,3 +258,19 @@ def test_every_variant_has_its_golden_text_and_no_other_is_kept() -> None:
     for name in sorted(kept):
         text = (Path(__file__).parent / "golden" / "cuda" / f"{name}.cu").read_text(encoding="utf-8")
         assert first_spec(name).symbol in text, f"{name}: the golden text is of another kernel"
+
+
+def test_the_benchmark_judges_its_goals() -> None:
+    """Rows of a run that never was: the arithmetic of the verdicts, and what it says where there is no device."""
+    import gpu
+
+    row = gpu.Row("linear_tiled_csl_mma", "tiled_csl(r=128)", 8, 8, 16, 0.8, "float16", 10.0, 25.0, 40.0, math.nan, 0.5)
+    slow = dataclasses.replace(row, variant="linear_csr_cuda", format="csr", ours=20.0)
+    assert list(gpu.judge([row, slow])) == [
+        "tiled_csl at 80% zeros, batch 16: 2.50x of cublas, goal 2.0x, met",
+        "1 of 2 rows at least 2.5x of cusparse, the least 2.00x by linear_csr_cuda, batch 16, missed",
+    ]
+    first, *_ = gpu.judge([dataclasses.replace(row, ours=20.0)])
+    assert first.endswith("1.25x of cublas, goal 2.0x, missed")
+    known = {v.format for v in cuda_variants.VARIANTS if v.op == "linear"}
+    assert known - {fmt.name for fmt in gpu.formats(4096, 0.5)} == {"permuted"}, "a permuted matrix needs one to find"
