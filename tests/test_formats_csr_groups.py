@@ -81,6 +81,17 @@ def test_damaged_buffers_are_refused(change: Break, words: str) -> None:
     assert words in str(caught.value)
 
 
+def test_the_segment_whose_counts_disagree_is_named() -> None:
+    """A column of four values is missing from the second block: the first segment is right, the second is not."""
+    fmt = CSRGroups(4)
+    buffers = fmt.pack(torch.ones(4, 12))
+    steps = buffers["pointers"].diff().tolist()
+    assert len(steps) == 3 and min(steps) > 0
+    buffers["counts"][1, buffers["counts"][1].argmax()] -= 1
+    with pytest.raises(FormatError, match=f"gives segment 1 {steps[1]} .*add up to {steps[1] - 4}"):
+        fmt.validate(buffers, 4, 12)
+
+
 def test_a_column_may_not_have_two_patterns_nor_a_row_past_the_last_hold_values() -> None:
     fmt, buffers = CSRGroups(4), CSRGroups(4).pack(torch.tensor([[1.0, 2, 0, 0], [0, 3, 0, 0]]))
     buffers["indices"][1] = int(buffers["indices"][0])

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsec.errors import FormatError, SpecError
-from sparsec.formats import NM, FanIn, parse
+from sparsec.formats import NM, FanIn, Format, parse
 
 # N:M
 
@@ -137,3 +137,9 @@ def test_validate_rejects_broken_fan_in(change: Break, message: str) -> None:
     fmt.validate(buffers, 29, 43)
     with pytest.raises(FormatError, match=message):
         fmt.validate(change(buffers), 29, 43)
+
+
+@pytest.mark.parametrize("fmt", [NM(2, 4), FanIn(3)], ids=lambda f: f.name)
+def test_dtypes_without_a_kernel_are_refused_by_name(fmt: Format) -> None:
+    assert "complex64" in (fmt.refuse(torch.zeros(4, 8, dtype=torch.complex64)) or "")
+    assert fmt.refuse(torch.zeros(4, 8)) is None
