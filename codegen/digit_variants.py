@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from sparsec.codegen.catalog import Variant
 from sparsec.codegen.kernel import Plan, Problem
-from sparsec.codegen.plans import Tile
-from sparsec.formats import SELL, CSRGroups, Format, Pairs
+from sparsec.codegen.plans import Tile, codes_in
+from sparsec.formats import SELL, Bitmask, CSRGroups, Format, Pairs, Picks, Quantized
 from sparsec.formats.csr_groups import MAX_BLOCK
 from sparsec.target import Target
 
@@ -36,6 +36,35 @@ def dots_formats(problem: Problem, target: Target) -> tuple[Format, ...]:
     return (SELL(min(MAX_BLOCK, max(1, problem.in_features))),) if problem.density <= 0.6 else ()
 
 
+def once(problem: Problem, fmt: Format, target: Target, isa: str) -> tuple[tuple[Plan, Tile], ...]:
+    """One routine, which takes tokens as they come."""
+    return ((((0, "gemv", 1),), ()),)
+
+
+def picks_formats(problem: Problem, target: Target) -> tuple[Format, ...]:
+    """Where a byte permutation looks up activations."""
+    return (Quantized(Picks()),) if "avx512vbmi2" in target.isas else ()
+
+
+def picks_inside(problem: Problem, fmt: Format, target: Target) -> str | None:
+    """The format of the codes must be the template's."""
+    return codes_in(Picks.name, problem, fmt)
+
+
+def mask_formats(problem: Problem, target: Target) -> tuple[Format, ...]:
+    """Where codes are expanded by a mask, and so many are stored that looking up their activations takes as long."""
+    return (Quantized(Bitmask(64)),) if "avx512vbmi2" in target.isas and problem.density > 0.25 else ()
+
+
+def mask_inside(problem: Problem, fmt: Format, target: Target) -> str | None:
+    """The format of the codes must be the template's, with masks of the width it expands."""
+    if fmt.fields()["format"].fields().get("width") not in (None, 64):
+        return f"it expands masks of 64 inputs, not {fmt.text()}"
+    return codes_in(Bitmask.name, problem, fmt)
+
+
+_BYTES = ("avx512vbmi2", *_C)
+
 VARIANTS = (
     Variant(
         "linear_sell_dots", "linear", SELL.name, "linear_sell_dots.c.jinja", dtypes=("bfloat16",),
@@ -44,6 +73,14 @@ VARIANTS = (
     Variant(
         "linear_pairs", "linear", Pairs.name, "linear_pairs.c.jinja", dtypes=("bfloat16",),
         isas=("avx512bf16", *_C), choose=pairs, candidates=pair_formats,
+    ),
+    Variant(
+        "linear_picks", "linear", Quantized.name, "linear_picks.c.jinja",
+        isas=_BYTES, choose=once, candidates=picks_formats, needs=picks_inside,
+    ),
+    Variant(
+        "linear_bitmask_codes", "linear", Quantized.name, "linear_bitmask_codes.c.jinja",
+        isas=_BYTES, choose=once, candidates=mask_formats, needs=mask_inside,
     ),
 )  # fmt: skip
 """Joined to the catalogue."""

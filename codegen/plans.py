@@ -39,8 +39,15 @@ def linear(problem: Problem, fmt: Format, target: Target, isa: str) -> tuple[tup
 
 
 def byte_sums(problem: Problem, fmt: Format, target: Target) -> str | None:
-    """Products of bytes are summed in 32 bits, which hold 65536 of them for certain."""
-    inputs = problem.in_features
+    """Codes in quads, whose products are summed in 32 bits."""
+    return codes_in(CSRGroups.name, problem, fmt)
+
+
+def codes_in(name: str, problem: Problem, fmt: Format) -> str | None:
+    """The format inside a quantised one must be `name`; 32 bits hold 65536 products of bytes for certain."""
+    inner, inputs = fmt.fields()["format"], problem.in_features
+    if inner.name != name:
+        return f"it reads codes in {name}, not in {inner.text()}"
     return f"sums of {inputs} products of bytes may overflow 32 bits (at most 65536 inputs)" if inputs > 65536 else None
 
 

@@ -36,8 +36,8 @@ _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl")
 _AVX512_FLAGS = (*_AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 _VNNI = (*_AVX512, "avx512_vnni")
 _VNNI_FLAGS = (*_AVX512_FLAGS, "-mavx512vnni")
-_VBMI2 = (*_VNNI, "avx512_vbmi2")
-_VBMI2_FLAGS = (*_VNNI_FLAGS, "-mavx512vbmi2")
+_VBMI2 = (*_VNNI, "avx512vbmi", "avx512_vbmi2")
+_VBMI2_FLAGS = (*_VNNI_FLAGS, "-mavx512vbmi", "-mavx512vbmi2")
 _BF16 = (*_VBMI2, "avx512_bf16")
 _BF16_FLAGS = (*_VBMI2_FLAGS, "-mavx512bf16")
 
@@ -47,7 +47,7 @@ ISAS: dict[str, Isa] = {
         # name, arch, features, flags, fp32 lanes                                      first processors that have it
         Isa("avx512fp16", "x86_64", (*_BF16, "avx512_fp16"), (*_BF16_FLAGS, "-mavx512fp16"), 16),  # Sapphire Rapids
         Isa("avx512bf16", "x86_64", _BF16, _BF16_FLAGS, 16),  # Zen 4, Sapphire Rapids
-        Isa("avx512vbmi2", "x86_64", _VBMI2, _VBMI2_FLAGS, 16),  # Ice Lake: compress and expand of 16-bit lanes
+        Isa("avx512vbmi2", "x86_64", _VBMI2, _VBMI2_FLAGS, 16),  # Ice Lake, Zen 4: expand and permute bytes and words
         Isa("avx512vnni", "x86_64", _VNNI, _VNNI_FLAGS, 16),  # Cascade Lake: dot products of bytes
         Isa("avx512", "x86_64", _AVX512, _AVX512_FLAGS, 16),  # Skylake-X
         Isa("avx2", "x86_64", _AVX2, _AVX2_FLAGS, 8),  # Haswell, Zen

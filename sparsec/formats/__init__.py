@@ -19,6 +19,7 @@ from sparsec.formats.nm import NM
 from sparsec.formats.nmg import NMG
 from sparsec.formats.pairs import Pairs
 from sparsec.formats.permuted import Permuted
+from sparsec.formats.picks import Picks
 from sparsec.formats.quantized import Quantized
 from sparsec.formats.sell import SELL
 from sparsec.formats.spqr import SpQR
@@ -29,7 +30,7 @@ from sparsec.formats.window import Window
 
 _BUILT_IN = (
     Dense, CSR, CSRGroups, SELL, Window, Bitmask, BSR, NM, FanIn, TiledCSL, TwoFour, GroupInt4, SpQR, Quantized, Pairs,
-    NMG, BlockNM, Permuted, Sum,
+    Picks, NMG, BlockNM, Permuted, Sum,
 )  # fmt: skip
 FORMATS: dict[str, type[Format]] = {cls.name: cls for cls in _BUILT_IN}
 """Name in canonical text -> class. A user's formats join through `register_format`."""
@@ -153,6 +154,7 @@ __all__ = [
     "GroupInt4",
     "Pairs",
     "Permuted",
+    "Picks",
     "Quantized",
     "SpQR",
     "Sum",
