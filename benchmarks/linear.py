@@ -127,7 +127,7 @@ def ranked_first(case: Case, layer: nn.Linear, x: torch.Tensor) -> float:
         (fmt, spec)
         for variant in catalog.variants_for("linear", target=target)
         for fmt in (*variant.formats(problem, target), *([case.structure] if case.structure is not None else []))
-        if variant.language == "c" and variant.refuse(problem, fmt, target) is None
+        if variant.language == "c" and fmt.exact and variant.refuse(problem, fmt, target) is None
         for spec in variant.specs(problem, fmt, target)
     ]
     kernels = build_kernels(list(dict.fromkeys(spec for _, spec in found)), target)

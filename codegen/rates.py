@@ -12,12 +12,12 @@ from sparsec.codegen import cache
 from sparsec.cost import Rates
 from sparsec.target import Target
 
-_BEST_OF = 5
+_BEST_OF = 15
 
 
 @functools.cache
 def rates(target: Target) -> Rates:
-    """The rates of the machine that `target` describes: stored ones, else measured now (about 0.1 s), one thread.
+    """The rates of the machine that `target` describes: stored ones, else measured now (about 0.3 s), one thread.
 
     A device's rates are not measured: only their ratios matter, and the nominal ones have those.
     """

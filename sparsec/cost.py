@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sparsec.formats import Format
 
 CALL_US = 5.0  # dispatcher, checks and allocation of one op
-DENSE_SHARE = 0.65  # of the FMA peak that a library matmul sustains at large batch
+DENSE_SHARE = 0.8  # of the FMA peak that a library matmul sustains at large batch
 DENSE_HALF_BATCH = 6.0  # rows at which it sustains half of that
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 PACK = 0.5  # cycles to bring one activation into a panel, and one result out of it
@@ -44,28 +44,30 @@ class Rates:
 @dataclass(frozen=True)
 class Rate:
     """What a format's kernels sustain: `share` of the peak on the columns they compute, padding included; cycles for
-    every stored value once per panel (`per_value`) or in GEMV (`gemv`), and for every matrix position (`per_entry`)."""
+    every stored value once per panel (`per_value`) or in GEMV (`gemv`), and for every matrix position (`per_entry`,
+    `gemv_entry`): what ends of rows and empty masks cost."""
 
-    share: float = 0.55
-    per_value: float = 0.3
-    gemv: float = 1.3
-    per_entry: float = 0.0
+    share: float = 0.74
+    per_value: float = 0.5
+    gemv: float = 1.0
+    per_entry: float = 0.15
+    gemv_entry: float = 0.0
 
 
 RATES: dict[str, Rate] = {
     "csr": Rate(),
-    "csr_groups": Rate(share=0.62, gemv=1.2),
-    "sell": Rate(share=0.66, gemv=4.0),
-    "pairs": Rate(share=1.2, per_value=0.2, gemv=4.0),
-    "window": Rate(gemv=0.33),
-    "bitmask": Rate(share=0.5, per_value=0.4, gemv=0.5, per_entry=0.06),
-    "bsr": Rate(share=0.7, per_value=0.1, gemv=0.3),
-    "nm": Rate(per_value=0.2, gemv=0.4),
-    "block_nm": Rate(per_value=0.2, gemv=0.3),
-    "nmg": Rate(share=0.35, gemv=1.0),
-    "quantized": Rate(share=1.4, gemv=0.4),
+    "csr_groups": Rate(share=0.93, per_value=0.4, gemv=2.0, per_entry=0.2, gemv_entry=0.25),
+    "sell": Rate(share=0.85, per_value=0.4, gemv=4.0, per_entry=0.1),
+    "pairs": Rate(share=1.2, per_value=0.2, gemv=4.0, per_entry=0.0),
+    "window": Rate(gemv=0.25, gemv_entry=0.015),
+    "bitmask": Rate(per_value=0.7, gemv=0.02, gemv_entry=0.24),
+    "bsr": Rate(share=0.88, per_value=0.1, gemv=0.3, per_entry=0.0),
+    "nm": Rate(share=0.8, per_value=0.2, gemv=0.4, per_entry=0.0),
+    "block_nm": Rate(share=0.7, per_value=0.2, gemv=0.3, per_entry=0.0),
+    "nmg": Rate(share=0.35, gemv=1.0, per_entry=0.0),
+    "quantized": Rate(share=1.4, gemv=0.4, per_entry=0.0),
 }
-_UNKNOWN = Rate(share=0.3, gemv=1.5)
+_UNKNOWN = Rate(share=0.3, gemv=1.5, per_entry=0.0)
 
 
 # The formulas. `s` holds numbers or symbols; `most` and `where` are max and if, or Max and Piecewise.
@@ -87,7 +89,7 @@ def _dense(s: Any, most: Most, where: Where, ceiling: Callable[[Any], Any]) -> A
 
 
 def _gemv(s: Any, most: Most, where: Where, ceiling: Callable[[Any], Any]) -> Any:
-    cycles = (s.density * s.gemv + s.per_entry) * s.out * s.inp * s.batch
+    cycles = (s.density * s.gemv + s.gemv_entry) * s.out * s.inp * s.batch
     return CALL_US + 1e6 * most(cycles / s.clock, _traffic(s, s.nbytes, where)) / s.threads
 
 
@@ -102,7 +104,7 @@ def _panel(s: Any, most: Most, where: Where, ceiling: Callable[[Any], Any]) -> A
 _FORMULAS = {"dense": _dense, "gemv": _gemv, "panel": _panel}
 SYMBOLS = (
     "out", "inp", "batch", "density", "itemsize", "nbytes", "threads", "columns", "share", "per_value", "gemv",
-    "per_entry", "peak", "clock", "l2", "l3", "memory", "l2_bytes", "l3_bytes",
+    "per_entry", "gemv_entry", "peak", "clock", "l2", "l3", "memory", "l2_bytes", "l3_bytes",
 )  # fmt: skip
 """What the formulas are made of: the problem, the kernel, the machine."""
 
@@ -139,6 +141,7 @@ def sparse_us(
     stored = max(problem.nnz, 1)
     facts.update(
         columns=columns, share=rate.share, per_value=rate.per_value, gemv=rate.gemv, per_entry=rate.per_entry,
+        gemv_entry=rate.gemv_entry,
         nbytes=fmt.nbytes(problem.out_features, problem.in_features, stored, int(facts["itemsize"])),
     )  # fmt: skip
     return _number(routine, facts)
