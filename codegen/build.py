@@ -34,8 +34,8 @@ def usable(target: Target) -> tuple[Target, str]:
     try:
         return toolchain.find().narrow(target), ""
     except ToolchainError as error:
-        if catalog.backend("tvm").available() is not None:
-            return target, ""  # the error is said again for the kernels that cannot be built
+        if (missing := catalog.backend("tvm").available()) is not None:  # `error` comes again with the kernels
+            return target, f"TVM could take the place of a C compiler: {missing}"
         note = f"kernels are built by TVM, because there is no C compiler: {str(error).splitlines()[0]}"
         return dataclasses.replace(target, kind="tvm"), note
 

@@ -42,6 +42,7 @@ def test_no_compiler_leaves_every_site_dense_and_says_what_to_install() -> None:
     assert {r.code for r in report.rows} == {"SPC0400"} and {r.decision for r in report.rows} == {"dense"}
     assert "install" in report.rows[0].reason
     assert any("no kernel could be built" in line for line in report.notes)
+    assert any("TVM could take the place" in line and "pip install 'sparsec[tvm]'" in line for line in report.notes)
     with torch.no_grad():
         assert torch.equal(cm(X), model(X))
 
