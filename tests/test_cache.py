@@ -100,7 +100,8 @@ def test_files_of_another_user_are_not_served(box: Cache, monkeypatch: pytest.Mo
 def test_manifests_of_other_keys_or_shapes_are_ignored(box: Cache) -> None:
     put(box)
     manifest = box.root / "kernels" / f"{OTHER}.json"
-    for value in ([], {}, {"sha256": 5}, {"sha256": "../../x"}, {"sha256": "0" * 64}):
+    strange = ({"sha256": "0" * 64, "suffix": suffix} for suffix in (5, "/../../x", ".s o", ""))
+    for value in ([], {}, {"sha256": 5}, {"sha256": "../../x"}, {"sha256": "0" * 64}, *strange):
         manifest.write_bytes(cache._record(value))  # type: ignore[arg-type]
         manifest.chmod(0o600)
         assert box.lookup(OTHER) is None
@@ -178,6 +179,67 @@ def test_no_place_at_all_is_an_error(box: Cache, monkeypatch: pytest.MonkeyPatch
         put(box)
     box.store_json("decisions", "k", 1)  # a lost record is no error
     assert box.load_json("decisions", "k") is None
+
+
+def test_a_library_that_vanished_is_an_error(box: Cache, tmp_path: Path) -> None:
+    with pytest.raises(ToolchainError, match="vanished before it could be cached"):
+        box.store(KEY, tmp_path / "gone.so", "source", {})
+
+
+def test_a_cache_on_another_file_system_gets_a_copy(box: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`rename` does not cross file systems; the library is then written like every other file."""
+    real = Path.stat
+    with box.workspace() as folder:
+        built = folder / "out.so"
+        built.write_bytes(b"library")
+
+        def elsewhere(self: Path, **more: Any) -> Any:
+            found = real(self, **more)
+            return os.stat_result((*found[:2], found.st_dev + 1, *found[3:10])) if self == built else found
+
+        monkeypatch.setattr(Path, "stat", elsewhere)
+        entry = box.store(KEY, built, "source", {})
+        monkeypatch.undo()
+        assert built.exists()
+    assert entry.library.read_bytes() == b"library" and stat.S_IMODE(entry.library.stat().st_mode) & 0o077 == 0
+    assert box.lookup(KEY) is not None
+
+
+def test_only_the_first_failure_moves_the_cache(box: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = box.root
+    assert box.fall_back(before, "full") and box.root != before
+    private = box.root
+    assert box.fall_back(before, "full") and box.root == private  # another thread met the same trouble first
+    assert not box.fall_back(private, "full")
+    full_below(private, monkeypatch, errno.ENOSPC)
+    with pytest.raises(ToolchainError, match=f"cannot write kernels to {private}"):
+        put(box)
+
+
+def test_a_lock_file_that_was_trimmed_meanwhile_is_taken_anew(box: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between open and flock the file may be removed: a lock on it would exclude nobody."""
+    real, path, opened = cache.fcntl.flock, box.root / "locks" / f"{KEY}.lock", []
+
+    def flock(descriptor: int, how: int) -> None:
+        opened.append(descriptor)
+        if len(opened) == 1:
+            path.unlink()
+        real(descriptor, how)
+
+    monkeypatch.setattr(cache.fcntl, "flock", flock)
+    with box.lock(KEY):
+        assert len(opened) == 2 and path.exists()
+
+
+@pytest.mark.parametrize("where", ["open", "flock"])
+def test_without_working_locks_the_work_is_done_anyway(box: Cache, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    def refuse(*args: Any, **more: Any) -> int:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(cache.os if where == "open" else cache.fcntl, where, refuse)
+    with box.lock(KEY):
+        monkeypatch.undo()
+        assert put(box).library.exists()
 
 
 def test_records(box: Cache) -> None:

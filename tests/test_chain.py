@@ -109,6 +109,15 @@ def test_contract_equals_reconstruct_and_the_way_back() -> None:
         assert torch.allclose(*weights, rtol=0, atol=1e-7), factor.text()
 
 
+def test_a_chain_rounds_like_one_sum_of_the_same_bound() -> None:
+    """`products` gives the n whose 8 + 2 sqrt(n) is the sum of that over the stages of the worst term."""
+    fmt = Factored(LowRank(9).resolve((40, 100)), 40, 100, 0)
+    buffers = fmt.store(fmt.factor.fit(torch.randn(40, 100)).buffers)
+    longest = fmt.products(torch.randn(2, 100), buffers)[2]
+    stages = (8 + 2 * 100**0.5) + (8 + 2 * 9**0.5)
+    assert 0 <= longest - ((stages - 8) / 2) ** 2 <= 1.0
+
+
 def test_bytes_and_products_are_their_formulas() -> None:
     fmt, buffers = fitted(0, 1)  # rank 5 of (33, 21)
     stages = stages_of(fmt.factor, fmt.shape)

@@ -162,3 +162,30 @@ def test_models_with_other_ops_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="captured whole, not Linear"):
         sparsec.export_c(nn.Linear(2, 2), tmp_path / "m")
     assert not (tmp_path / "m").exists()
+
+
+class _Two(_Mlp):
+    def forward(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(x) + super().forward(z)
+
+
+class _Pair(_Mlp):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        x = torch.relu(self.a(x))
+        return x, self.c(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "message"), [(_Two, 2, "one input, not 2"), (_Pair, 1, "return one tensor")]
+)
+def test_other_signatures_are_refused(model: type[nn.Module], inputs: int, message: str, tmp_path: Path) -> None:
+    given = tuple(torch.randn(4, 48) for _ in range(inputs))
+    cm = sparsec.compile(_pruned(model()), None, given, capture="trace", tune="off", min_speedup=0)
+    with pytest.raises(SpecError, match=message):
+        sparsec.export_c(cm, tmp_path / "m")
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(SpecError, match=f"cannot write {tmp_path / 'file'}"):
+        sparsec.export_c(_compiled(), tmp_path / "file")
