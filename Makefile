@@ -6,7 +6,7 @@ SEED ?= 0
 PY := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: help demo test soak lint types wheel bench examples clean
+.PHONY: help demo test coverage soak lint types wheel bench examples clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -24,13 +24,19 @@ demo: $(READY)  ## prune a real encoder, compile it, and compare speed and embed
 test: $(READY)  ## all tests but the soak
 	$(PY) -m pytest -n $(WORKERS) -m "not soak"
 
+coverage: $(READY)  ## branch coverage of the tests, in one process; slow
+	mkdir -p out
+	$(PY) -m coverage run --rcfile=tests/coverage.ini -m pytest -n 0 -m "not soak"
+	$(PY) -m coverage report --rcfile=tests/coverage.ini
+
 soak: $(READY)  ## the long batteries, for hours; totals add up in out/ and a stopped run goes on (SEED=0)
 	$(PY) -m sparsec.testing_kernels --seed $(SEED) --problems 200000
+	$(PY) -m sparsec.testing_kernels --op conv --seed $(SEED) --problems 20000
 	$(PY) -m sparsec.testing_graphs --seed $(SEED) --graphs 20000
 	$(PY) -m sparsec.testing_peers --seed $(SEED) --problems 20000
 	$(PY) tests/hostile.py --seed $(SEED) --cases 1000000
-	$(PY) tests/cache_soak.py --seed $(SEED) --processes 16 --rounds 200
-	$(PY) tests/mutants.py --seed $(SEED) --count 150
+	$(PY) tests/cache_soak.py --seed $(SEED) --processes 16 --rounds 3200
+	$(PY) tests/mutants.py --seed $(SEED) --count 220
 	$(PY) -m pytest -n 0 -m soak
 
 lint: $(READY)  ## ruff
