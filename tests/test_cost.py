@@ -41,7 +41,8 @@ def test_expressions_give_the_numbers(fmt: Format, batch: int) -> None:
     values: dict[str, Any] = {
         "out": 1024, "inp": 768, "batch": batch, "density": of.density, "itemsize": 4, "nbytes": size, "threads": 2,
         "columns": columns, "share": rate.share, "per_value": rate.per_value, "gemv": rate.gemv,
-        "per_entry": rate.per_entry, "gemv_entry": rate.gemv_entry, "peak": RATES.peak, "clock": RATES.peak / cost.flops_per_cycle(TARGET),
+        "per_entry": rate.per_entry, "gemv_entry": rate.gemv_entry, "peak": RATES.peak,
+        "clock": RATES.peak / cost.flops_per_cycle(TARGET),
         "l2": RATES.l2, "l3": RATES.l3, "memory": RATES.memory, "l2_bytes": TARGET.l2, "l3_bytes": TARGET.l3,
     }  # fmt: skip
     for name, number in (
