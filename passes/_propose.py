@@ -92,7 +92,7 @@ def propose(gm: fx.GraphModule, node: fx.Node, fact: Fact, ctx: Context) -> Prop
             return dense_row(fact, codes.NO_EXAMPLES, op=fact.op)
     if isinstance(wanted, Auto):
         if fact.density > AUTO_DENSITY:
-            found, _ = _candidates([Dense()], problem, ctx)
+            found = _dense(node, problem, ctx)
             if found:
                 return Proposal(node, fact, problem, found)
             return _stay(Proposal(node, fact, problem), ctx, codes.TOO_DENSE, density=fact.density)
@@ -113,6 +113,15 @@ def propose(gm: fx.GraphModule, node: fx.Node, fact: Fact, ctx: Context) -> Prop
         detail = "; ".join(dict.fromkeys(reasons)) or "no format fits"
         return _stay(Proposal(node, fact, problem), ctx, codes.NO_VARIANT, detail=detail)
     return Proposal(node, fact, problem, found)
+
+
+def _dense(node: fx.Node, problem: Problem, ctx: Context) -> list[Candidate]:
+    """Generated kernels of a dense site; those of linears are for few rows, and only where the clock judges them."""
+    if problem.op == "linear":
+        if ctx.options.tune != "measure" or ctx.options.min_speedup == 0:
+            return []
+        problem = dataclasses.replace(problem, batches=_product.rows(node))
+    return _candidates([Dense()], problem, ctx)[0]
 
 
 def _not_factored(fact: Fact, wanted: Factor, ctx: Context) -> Row:

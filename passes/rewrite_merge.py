@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,9 +12,14 @@ from torch.nn import functional as F
 
 from sparsec.aten import arguments, opname
 from sparsec.codegen import tune
+from sparsec.codegen.build import build_kernels
+from sparsec.codegen.dense_variants import few_rows
+from sparsec.codegen.kernel import Kernel
 from sparsec.driver import Context
 from sparsec.graph import constant_nodes, get_constant, move_to_front, site_names, trace_into
+from sparsec.passes import _product
 from sparsec.passes.rewrite_graph import place
+from sparsec.spec import Auto
 
 if TYPE_CHECKING:
     from sparsec.passes.rewrite import Log
@@ -35,7 +41,7 @@ SIMILAR = 0.1
 
 
 def merge(gm: fx.GraphModule, ctx: Context, log: Log) -> None:
-    """`linear(x, a), linear(x, b) --> y = linear(x, cat(a, b)); y[..., :n], y[..., n:]`."""
+    """`linear(x, a), linear(x, b) --> split(linear(x, cat(a, b)), widths)`."""
     for group in _groups(gm):
         names = [place(n) for n in group]
         reason = _refusal(gm, ctx, group)
@@ -76,8 +82,8 @@ def _refusal(gm: fx.GraphModule, ctx: Context, group: Sequence[fx.Node]) -> str 
         return "two of them have one weight"
     if any(u.op == "output" for n in group for u in n.users):
         return "a result of the model would become a view of a larger tensor"
-    sites = site_names(n for n in gm.graph.nodes if opname(n) == "aten::linear")
     if ctx.spec is not None:
+        sites = _sites(gm)
         keys = {ctx.spec.pattern(sites[n]) for n in group}
         exact = [k for k in keys if k is not None and k in {sites[n] for n in group}]
         if exact:
@@ -99,34 +105,57 @@ def _timed(gm: fx.GraphModule, ctx: Context, group: Sequence[fx.Node]) -> tuple[
         rows = max(_rows(arguments(group[0])["input"]))
         return rows <= FEW_ROWS, f"sparse, {rows} rows at most; merging pays up to {FEW_ROWS}"
     biases = [_bias(gm, n) for n in group]
-    whole = torch.cat(weights)
-    offset = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
+    whole = torch.cat(weights), None if biases[0] is None else torch.cat([b for b in biases if b is not None])
     widths = [w.shape[0] for w in weights]
     texts, worst = [], float("inf")
     for rows in _rows(arguments(group[0])["input"]):
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(rows, weights[0].shape[1], generator=generator).to(weights[0])
-
-        def apart(x: torch.Tensor = x) -> object:
-            return [F.linear(x, w, b) for w, b in zip(weights, biases)]
-
-        def merged(x: torch.Tensor = x) -> object:
-            return F.linear(x, whole, offset).split(widths, -1)
-
-        timing = tune.measure([apart, merged]).us
-        worst = min(worst, timing[0] / timing[1])
-        texts.append(f"{timing[0] / timing[1]:.2f}x at {rows} rows ({timing[0]:.1f} --> {timing[1]:.1f} us)")
+        apart = _ways(gm, ctx, group[0], list(zip(weights, biases)), x)
+        merged = [_split(way, widths) for way in _ways(gm, ctx, group[0], [whole], x)]
+        us = tune.measure([*apart, *merged]).us
+        before, after = min(us[: len(apart)]), min(us[len(apart) :])
+        worst = min(worst, before / after)
+        texts.append(f"{before / after:.2f}x at {rows} rows ({before:.1f} --> {after:.1f} us)")
     needed = ctx.options.min_speedup
     verdict = "" if worst >= needed else f", less than min_speedup={needed:g}"
     return worst >= needed, "merged is " + ", ".join(texts) + verdict
 
 
+Way = Callable[[], list[torch.Tensor]]
+
+
+def _ways(
+    gm: fx.GraphModule, ctx: Context, node: fx.Node, operands: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
+    x: torch.Tensor,
+) -> list[Way]:  # fmt: skip
+    """Linears of (weight, bias) on x as torch runs them, and as each way in which `select` may run dense sites."""
+    ways: list[Way] = [lambda: [F.linear(x, w, b) for w, b in operands]]
+    if ctx.spec is None or not isinstance(ctx.spec.match(_sites(gm)[node]), Auto):
+        return ways
+    offers = [few_rows(w, b, x.shape[0], ctx.target) for w, b in operands]
+    kernels = build_kernels(list(dict.fromkeys(s for offer in offers for s in offer)), ctx.target, errors={})
+    op = _product.overload("linear")
+    for specs in zip(*offers):  # the same choice for every linear
+        if all(isinstance(kernels.get(s), Kernel) for s in specs):
+            texts = [s.text() for s in specs]
+            ways.append(lambda texts=texts: [op(x, [w], b, None, t) for (w, b), t in zip(operands, texts)])  # type: ignore[misc]
+    return ways
+
+
+def _split(way: Way, widths: Sequence[int]) -> Callable[[], object]:
+    return lambda: aten.split_with_sizes.default(way()[0], widths, -1)
+
+
 def _sparse(gm: fx.GraphModule, ctx: Context, group: Sequence[fx.Node], weights: Sequence[torch.Tensor]) -> bool:
     """Whether these will be sparse sites: the spec lets them, and nearly everything is zero."""
-    sites = site_names(n for n in gm.graph.nodes if opname(n) == "aten::linear")
-    if ctx.spec is None or ctx.spec.match(sites[group[0]]) is None:
+    if ctx.spec is None or ctx.spec.match(_sites(gm)[group[0]]) is None:
         return False
     return all(float((w != 0).float().mean()) <= SPARSE for w in weights)
+
+
+def _sites(gm: fx.GraphModule) -> dict[fx.Node, str]:
+    return site_names(n for n in gm.graph.nodes if opname(n) == "aten::linear")
 
 
 def _bias(gm: fx.GraphModule, node: fx.Node) -> torch.Tensor | None:
@@ -158,22 +187,20 @@ def _merge(gm: fx.GraphModule, group: Sequence[fx.Node]) -> None:
     with gm.graph.inserting_before(first):
         whole = gm.graph.call_function(aten.linear.default, (bounds[0]["input"], weight, bias))
     whole.meta = {k: v for k, v in first.meta.items() if k != "val"}
-    start, values = 0, [n.meta.get("val") for n in group]
+    values = [n.meta.get("val") for n in group]
     known = [v for v in values if v is not None]
     if len(known) == len(group):
         whole.meta["val"] = torch.cat(known, -1)
-    for node, bound in zip(group, bounds):
-        width = get_constant(gm, str(bound["weight"].target)).shape[0]
-        with gm.graph.inserting_before(node):
-            part = gm.graph.call_function(aten.slice.Tensor, (whole, -1, start, start + width))
-        part.meta = dict(node.meta)
+    widths = [get_constant(gm, str(b["weight"].target)).shape[0] for b in bounds]
+    with gm.graph.inserting_before(first):  # one call for all views: a slice each would cost as much as a small product
+        parts = gm.graph.call_function(aten.split_with_sizes.default, (whole, widths, -1))
         if "val" in whole.meta:
-            part.meta["val"] = whole.meta["val"][..., start : start + width]
-        node.replace_all_uses_with(part)
-        start += width
+            parts.meta["val"] = aten.split_with_sizes.default(whole.meta["val"], widths, -1)
+        for at, node in enumerate(group):
+            part = gm.graph.call_function(operator.getitem, (parts, at))
+            part.meta = dict(node.meta)
+            if "val" in parts.meta:
+                part.meta["val"] = parts.meta["val"][at]
+            node.replace_all_uses_with(part)
     for node in reversed(group):
         gm.graph.erase_node(node)
-
-
-
-

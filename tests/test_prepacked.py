@@ -63,7 +63,8 @@ def model(zeros: float = 0.0) -> nn.Module:
 
 @pytest.fixture
 def x() -> torch.Tensor:
-    return torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
+    """More rows than `linear_dense` is for, so that oneDNN is the only other way to run a dense site."""
+    return torch.randn(20, 64, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture

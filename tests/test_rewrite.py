@@ -21,6 +21,7 @@ from sparsec.passes.rewrite import Applied, Rewrite
 from sparsec.report import Report
 from sparsec.sparsifiers import Magnitude
 from sparsec.spec import Spec
+from sparsec.target import Target
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +35,7 @@ def rewritten(
 ) -> tuple[fx.GraphModule, list[Applied]]:  # fmt: skip
     gm = captured(model, *args, shapes=shapes)
     step = Rewrite() if rules is None else Rewrite(rules)
-    context = Context(spec=spec, report=Report(), options=Options(tune=tune, **options))
+    context = Context(spec=spec, target=Target.probe(), report=Report(), options=Options(tune=tune, **options))
     run_passes(gm, [Normalise(), Fold(), step], context)
     entries = list(gm.meta[KEY].get("rewrites", ()))
     assert context.report.notes == [str(e) for e in entries]
@@ -92,7 +93,7 @@ class Two(nn.Module):
 def test_query_key_and_value_become_one_linear(bias: bool, shape: tuple[int, ...]):
     model, x = Attention(bias=bias).eval(), torch.randn(shape)
     gm, entries = rewritten(model, x)
-    assert calls(gm).count("linear") == 1 and calls(gm).count("slice") == 3
+    assert calls(gm).count("linear") == 1 and calls(gm).count("split_with_sizes") == 1
     close(model, gm, x)
     assert entries == [
         Applied(("parallel_linears",), ("query", "key", "value"), "merged untimed, because tune='off'")
@@ -186,6 +187,34 @@ def test_the_clock_decides_every_group(faster: float, merged: bool, monkeypatch:
             torch.testing.assert_close(one, other)
     gm, _ = rewritten(Attention().eval(), torch.randn(8, 32), tune="measure", shapes="batch")
     assert len(seen) == 1 + len(rewrite_merge.UNKNOWN_ROWS)
+
+
+@pytest.mark.parametrize(
+    ("us", "merged"),
+    [((90, 50, 60, 80, 40, 70), True), ((90, 50, 60, 40, 49, 60), True), ((90, 30, 60, 40, 29, 60), False)],
+    ids=["a kernel", "torch", "kernels apart"],
+)
+def test_merging_must_beat_the_kernels_that_the_linears_would_have_had_apart(
+    us: tuple[float, ...], merged: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Six contenders: torch, one thread and all threads, of three linears and of the merged one."""
+    seen = []
+
+    def measured(contenders: Any) -> Any:
+        seen.append([c() for c in contenders])
+        return type("Timing", (), {"us": us})
+
+    monkeypatch.setattr(rewrite_merge.tune, "measure", measured)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    gm, entries = rewritten(Attention().eval(), torch.randn(8, 32), tune="measure", spec=Spec.of(None))
+    assert calls(gm).count("linear") == (1 if merged else 3)
+    assert f"({min(us[:3]):.1f} --> {min(us[3:]):.1f} us)" in entries[0].detail
+    ((torch_apart, *others),) = seen
+    for contender in others:
+        for one, other in zip(torch_apart, contender):
+            torch.testing.assert_close(one, other)
+    gm, _ = rewritten(Attention().eval(), torch.randn(17, 32), tune="measure", spec=Spec.of(None))
+    assert len(seen[1]) == 2, "too many rows for kernels"
 
 
 def test_sparse_linears_merge_by_their_rows_alone(monkeypatch: pytest.MonkeyPatch):
