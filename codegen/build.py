@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from sparsec.codegen import catalog, toolchain
+from sparsec.codegen import catalog, dispatch, toolchain
 from sparsec.codegen.kernel import VERSION, Kernel, KernelSpec
 from sparsec.errors import DeviceError, LoadError, SparsecError, ToolchainError
 from sparsec.target import Target, instruction_set
@@ -95,6 +95,7 @@ def adopt(spec: KernelSpec, kernel: Kernel) -> None:
     """Use a kernel that was loaded from elsewhere, unless this process has one for the spec already."""
     with _LOCK:
         _loaded.setdefault(spec.text(), kernel)
+    dispatch.admit(kernel)
 
 
 def workers() -> int:
@@ -117,6 +118,7 @@ def _obtain(spec: KernelSpec, target: Target) -> Kernel:
         return future.result()
     try:
         kernel = _make(spec, target)
+        dispatch.admit(kernel)
     except BaseException as error:
         with _LOCK:
             del _pending[text]

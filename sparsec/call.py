@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from sparsec.errors import InputError, nearest
+from sparsec.errors import InputError, nearest, recall
 
 ABSENT: Any = type("Absent", (), {"__repr__": lambda self: "<as captured>"})()
 """Default of a parameter captured with a constant other than its own default: leaving it out means "as captured"."""
@@ -187,6 +187,7 @@ class _Writer:
             "_sc_flatten": flatten_like,
             "_sc_same": same,
             "_sc_mismatch": MISMATCH,
+            "_sc_recall": recall,
             "_sc_error": lambda module, values: InputError(explain(call, values)),
         }
         self.bound: set[str] = set()
@@ -228,7 +229,11 @@ class _Writer:
             "            _sc_ok = False",
             "        if not _sc_ok:",
             f"            {reject.format(names=names)}",
-            f"    return self.run({', '.join(passed)})",
+            "    try:",
+            f"        return self.run({', '.join(passed)})",
+            "    except ValueError as _sc_raised:",
+            "        _sc_recall(_sc_raised)",
+            "        raise",
         ]
         return "\n".join(lines) + "\n"
 

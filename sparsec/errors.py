@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import threading
 from collections.abc import Iterable
 
 
@@ -59,3 +60,19 @@ def nearest(name: str, known: Iterable[str], limit: int = 5) -> str:
     shown = ", ".join(repr(n) for n in names[:limit])
     more = f", ... ({len(names)} in all)" if len(names) > limit else ""
     return f"known: {shown}{more}" if names else "there are none"
+
+
+_LAST = threading.local()
+
+
+def remember(error: SparsecError) -> None:
+    """Keep what an op ends with in this thread, for `recall`: torch's stable ABI passes on messages only."""
+    _LAST.error = error
+
+
+def recall(raised: BaseException) -> None:
+    """Raise the remembered error in place of `raised`, when `raised` is what torch made of it; else return."""
+    error = getattr(_LAST, "error", None)
+    _LAST.error = None
+    if error is not None and error is not raised and str(error) in str(raised):
+        raise error from None

@@ -218,7 +218,7 @@ def test_opcheck_strides_and_single_images() -> None:
 def test_wrong_inputs_are_named(x: torch.Tensor, message: str) -> None:
     (spec, *_) = specs("3x3", Target.probe().isas[0])
     packed = list(parse(spec.format).pack(weight_of("3x3", "float32")).values())
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(ValueError, match=message):
         op.OVERLOAD(x, packed, torch.zeros(6), None, spec.text())
 
 

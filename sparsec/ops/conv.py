@@ -17,14 +17,9 @@ from sparsec import verify
 from sparsec.codegen.build import get_kernel
 from sparsec.codegen.kernel import DTYPES, Conv, KernelSpec
 from sparsec.errors import InputError, SpecError
-from sparsec.ops.linear import GRADIENT, retry
+from sparsec.ops.linear import GRADIENT, ONE, RANGES, define, retry
 
 _LIBRARY = torch.library.Library("sparsec", "FRAGMENT")
-_LIBRARY.define("conv(Tensor x, Tensor[] weight, Tensor? bias, Tensor? residual, str kernel) -> Tensor")
-_LIBRARY.define(
-    "conv_buckets(Tensor x, Tensor[] weight, Tensor dense, Tensor? bias, Tensor? residual, str kernel, "
-    "int[] dense_ranges) -> Tensor"
-)
 
 
 class _Handle(NamedTuple):
@@ -146,8 +141,8 @@ def _autocast(op: Callable[..., torch.Tensor], x: torch.Tensor, *rest: Any) -> t
         return op(x.to(dtype), *rest[: at - 2], bias, residual, *rest[at:])
 
 
-_LIBRARY.impl("conv", _conv, "CPU")
-_LIBRARY.impl("conv_buckets", _conv_buckets, "CPU")
+define(_LIBRARY, "conv", ONE, _conv)
+define(_LIBRARY, "conv_buckets", RANGES, _conv_buckets)
 torch.library.register_fake("sparsec::conv", _fake, lib=_LIBRARY)
 torch.library.register_fake("sparsec::conv_buckets", _fake_buckets, lib=_LIBRARY)
 

@@ -1,5 +1,8 @@
 """`sparsec::linear`: y = epilogue(x @ W^T + bias) on packed buffers of W, dispatched to a generated kernel.
 
+What is here answers on every device; on the CPU `codegen.dispatch` puts a library in front of it, which knows only the
+plain case and calls the `_careful` ops for the rest.
+
 The kernel argument is the canonical text of a KernelSpec, so that a graph means the same in any process: whoever runs
 it first renders, builds and loads the kernel.
 """
@@ -14,16 +17,35 @@ import torch
 import torch.nn.functional as F
 
 from sparsec import verify
+from sparsec.codegen import dispatch
 from sparsec.codegen.build import get_kernel
 from sparsec.codegen.kernel import DTYPES, KernelSpec, Step
-from sparsec.errors import InputError
+from sparsec.errors import InputError, SparsecError, remember
 
 _LIBRARY = torch.library.Library("sparsec", "FRAGMENT")
-_LIBRARY.define("linear(Tensor x, Tensor[] weight, Tensor? bias, Tensor? residual, str kernel) -> Tensor")
-_LIBRARY.define(
-    "linear_buckets(Tensor x, Tensor[] weight, Tensor dense, Tensor? bias, Tensor? residual, str kernel, "
-    "int[] dense_ranges) -> Tensor"
-)
+ONE = "(Tensor x, Tensor[] weight, Tensor? bias, Tensor? residual, str kernel) -> Tensor"
+RANGES = ONE.replace("weight, ", "weight, Tensor dense, ").replace("kernel)", "kernel, int[] dense_ranges)")
+
+
+def define(library: torch.library.Library, name: str, schema: str, function: Callable[..., torch.Tensor]) -> None:
+    """The op `name`, and `name_careful` that a faster implementation of it falls back on, on every device.
+
+    The second takes the kernel's number in `codegen.dispatch`. torch's stable ABI turns any exception into a message,
+    so that the one an op ended with is remembered.
+    """
+    at = 5 if schema is RANGES else 4
+
+    def careful(*arguments: Any) -> torch.Tensor:
+        try:
+            return function(*arguments[:at], dispatch.text(arguments[at]), *arguments[at + 1 :])
+        except SparsecError as error:
+            remember(error)
+            raise
+
+    library.define(name + schema)
+    library.define(f"{name}_careful" + schema.replace("str kernel", "int kernel"))
+    library.impl(name, function, "CompositeExplicitAutograd")
+    library.impl(f"{name}_careful", careful, "CompositeExplicitAutograd")
 
 
 GRADIENT = (
@@ -174,9 +196,8 @@ def _fake_buckets(
     return _fake(x, weight, bias, residual, kernel)
 
 
-for _key in ("CPU", "CUDA"):
-    _LIBRARY.impl("linear", _linear, _key)
-    _LIBRARY.impl("linear_buckets", _linear_buckets, _key)
+define(_LIBRARY, "linear", ONE, _linear)
+define(_LIBRARY, "linear_buckets", RANGES, _linear_buckets)
 torch.library.register_fake("sparsec::linear", _fake, lib=_LIBRARY)
 torch.library.register_fake("sparsec::linear_buckets", _fake_buckets, lib=_LIBRARY)
 
