@@ -270,6 +270,9 @@ def test_what_tvm_has_no_rule_for_is_refused_with_a_reason():
         assert reason == f"{variant.name} computes in float32, not bfloat16"
         assert not variant.serves(Target.probe()), "the C kernels are what a processor gets where there is a compiler"
     assert catalog.variants_for("linear", "bitmask", HERE) == ()
+    own = catalog.Variant("linear_own", "linear", "nm", language="own")
+    assert own.serves(HERE) and own.serves(Target.probe()), "a user's back end needs no C compiler of ours"
+    assert not any(dataclasses.replace(own, language=other).serves(HERE) for other in ("c", "pair", "cuda"))
     good = spec_of("csr", CSR(), "portable", (8, 8), False, ())
     for change, message in (
         ({"dtype": "bfloat16"}, "float32, not bfloat16"), ({"op": "conv2d"}, "computes linear, not conv2d"),
