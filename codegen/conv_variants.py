@@ -1,4 +1,4 @@
-"""The convolution kernels of the catalogue."""
+"""The convolution kernels of the catalogue, and the pooling that is made like them."""
 
 from __future__ import annotations
 
@@ -27,5 +27,9 @@ VARIANTS: tuple[Variant, ...] = (
     Variant(
         "conv_dense", "conv", "dense", "conv_dense.c.jinja", dtypes=("float32", "bfloat16"), isas=_ISAS,
         choose=plans_conv.dense, needs=plans_conv.refuse_dense,
+    ),
+    Variant(
+        "pool_max", "pool", "dense", "pool_max.c.jinja", dtypes=("float32", "bfloat16"), isas=_ISAS,
+        steps=(), choose=plans_conv.depthwise, needs=plans_conv.refuse_depthwise,
     ),
 )  # fmt: skip

@@ -10,6 +10,7 @@ from sparsec.passes.fold import Fold
 from sparsec.passes.fuse import Fuse
 from sparsec.passes.lower import Lower
 from sparsec.passes.normalise import Normalise
+from sparsec.passes.pool import Pool
 from sparsec.passes.select import Select
 
 DEFAULT = Pipeline(
@@ -21,9 +22,10 @@ DEFAULT = Pipeline(
         Fuse(),  # needs sites; before select, because the tail is part of the kernel that is timed
         Factorise(),  # before select, which leaves decided sites alone; lossy, so only where the spec names a factor
         Select(),  # needs the final weights and tails; decides by the clock and verifies
+        Pool(),  # behind select: only the clock says whether it pays
         Lower(),  # last: nothing reads a dense weight behind it
     )
 )
 """What `compile` runs. Edits by name give a new list: `DEFAULT.insert_before("select", MyPass())`."""
 
-__all__ = ["DEFAULT", "Annotate", "ConvRewrite", "Factorise", "Fold", "Fuse", "Lower", "Normalise", "Select"]
+__all__ = ["DEFAULT", "Annotate", "ConvRewrite", "Factorise", "Fold", "Fuse", "Lower", "Normalise", "Pool", "Select"]

@@ -24,6 +24,7 @@ from sparsec.target import Target
 _SIZE = 2**31 - 1
 _BUCKETS = ("sparsec::linear_buckets", "sparsec::conv_buckets")
 _PREPACKED = "sparsec::linear_prepacked"
+_POOL = "sparsec::max_pool"
 
 
 def encode_installed(record: Installed, literal: Callable[[torch.Tensor], str]) -> dict[str, Any]:
@@ -149,6 +150,9 @@ def bind(graph: fx.Graph, installed: Sequence[Installed], fitted: Mapping[str, K
         if name == _PREPACKED:
             _check_prepacked(node)
             continue
+        if name == _POOL:
+            _check_pool(node)
+            continue
         bound = [*node.args]
         at = 5 if name in _BUCKETS else 4
         if node.kwargs or len(bound) != len(node.target._schema.arguments) or not isinstance(bound[1], (list, tuple)):
@@ -179,6 +183,14 @@ def _check_prepacked(node: fx.Node) -> None:
     named = spec.variant == _PREPACKED.removeprefix("sparsec::") and spec.format == "dense"
     if not named or not 1 <= batch <= _SIZE or len(spec.epilogue) > 64:
         raise LoadError(f"node {node.name!r}: {node.args[4][:120]!r} is not the plan of a prepacked site")
+
+
+def _check_pool(node: fx.Node) -> None:
+    """A pooling follows no stored index: its kernel is made from these numbers and the shape of what it reads."""
+    lists = node.args[1:]
+    pairs = all(isinstance(v, (list, tuple)) and len(v) == 2 and all(type(n) is int for n in v) for v in lists)
+    if node.kwargs or len(lists) != 4 or not pairs:
+        raise LoadError(f"node {node.name!r}: a pooling has four pairs of integers")
 
 
 def make(specs: Sequence[KernelSpec], libraries: Mapping[str, bytes]) -> None:

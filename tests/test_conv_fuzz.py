@@ -14,12 +14,13 @@ from sanitizer import build, execute, supported
 
 from sparsec import testing_conv
 from sparsec.codegen import catalog, conv_variants
-from sparsec.codegen.kernel import DTYPES, KernelSpec
+from sparsec.codegen.kernel import DTYPES, Conv, KernelSpec, Step
+from sparsec.formats import Dense
 from sparsec.target import Target
 from sparsec.testing_conv import ConvCase, ConvData
 
 TARGET = Target.probe()
-VARIANTS = [v.name for v in conv_variants.VARIANTS]
+VARIANTS = [v.name for v in conv_variants.VARIANTS if v.op == "conv"]
 
 
 @functools.cache
@@ -87,6 +88,21 @@ def test_random_problems_agree_with_float64_and_with_one_thread() -> None:
     assert len(found) == 18
     for case, data, wrong in found:
         assert not wrong, f"{case}\n{data}\n{wrong}"
+
+
+@pytest.mark.parametrize(("size", "stride"), [((7, 7), 1), ((14, 14), 2), ((30, 28), 1), ((9, 60), 1)])
+def test_depthwise_rows_share_vectors_and_loads(size: tuple[int, int], stride: int) -> None:
+    """Two short rows in one vector, four or two rows at a time: what random images seldom hit."""
+    conv = Conv(size, (3, 3), (stride, stride), (1, 1), (1, 1), (1, 1), 5)
+    case = ConvCase(
+        "conv_depthwise", TARGET.isas[0], Dense(), "float32", 5, 5, conv, True, (Step("clamp", (0.0, 6.0)),)
+    )
+    spec = case.spec(TARGET)
+    assert spec is not None
+    spec = dataclasses.replace(spec, tile=(*spec.tile, ("one_thread", 0)))
+    for threads, images in ((2, 1), (3, 2), (1, 3)):
+        data = ConvData("full", 1.0, images, threads, images)
+        assert testing_conv.failures(case, data, spec.text()) == []
 
 
 def test_a_wrong_output_is_seen() -> None:

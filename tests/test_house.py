@@ -57,6 +57,7 @@ MAY_ALSO: dict[str, tuple[set[str], str]] = {
     "sparsifiers.layers": ({"spec"}, "where= takes the patterns of a spec"),
     "sparsifiers.pruning": ({"codes"}, "writes report rows"),
     "codegen.torch_chain": ({"factors", "verify"}, "multiplies by a factor's operands, and applies the epilogue"),
+    "passes.pool": ({"codegen", "ops"}, "times its kernel against torch's"),
     "passes.factor": ({"codegen"}, "asks the catalogue for chains"),
     "codegen.render": ({"templates"}, "finds the template files"),
     "ops.linear": ({"verify"}, "a bucket that keeps its dense weight applies the same epilogue"),

@@ -63,6 +63,7 @@ GEOMETRIES = {
     "stride 3": (4, 6, test_conv.geometry((31,), 3, stride=3)),
     "groups in place": (8, 16, test_conv.geometry((8, 16), 1, groups=2)),
     "depthwise 1d": (8, 8, test_conv.geometry((64,), 3, low=1, groups=8)),
+    "depthwise, two rows in a vector": (4, 4, test_conv.geometry((7, 7), 3, low=1, groups=4)),
     "depthwise whole vectors": (4, 4, test_conv.geometry((5, 128), 3, low=1, groups=4)),
     "long kernel": (3, 4, test_conv.geometry((300,), 41)),  # whose planes, in strips of 192, would share a cache set
 }
@@ -79,7 +80,7 @@ def convolutions(variant: catalog.Variant) -> Iterator[KernelSpec]:
     for turn, at in enumerate(np.random.default_rng(2).permutation(len(every))):
         (channels, out, conv), isa, dtype = every[at]
         cols, target = channels // conv.groups * conv.taps, Target("x86_64", ISAS[isa].features)
-        problem = Problem("conv", out, cols, dtype, out * cols // 4, turn % 3 > 0, tails[turn % 4], (2,), 2, conv)
+        problem = Problem(variant.op, out, cols, dtype, out * cols // 4, turn % 3 > 0, tails[turn % 4], (2,), 2, conv)
         for fmt in (*variant.formats(problem, target), *map(parse, MORE_FORMATS.get(variant.format, ()))):
             if variant.refuse(problem, fmt, target) is None:
                 for spec in variant.specs(problem, fmt, target):
@@ -123,7 +124,7 @@ def kernels(variant: catalog.Variant) -> Iterator[KernelSpec]:
     elif variant.op == "gather_gemm":
         yield from map(gather.spec, variant.isas)
     else:
-        yield from {"linear": linear, "conv": convolutions, "chain": chains}[variant.op](variant)
+        yield from {"linear": linear, "conv": convolutions, "pool": convolutions, "chain": chains}[variant.op](variant)
 
 
 def walk(branches: Branches) -> None:
