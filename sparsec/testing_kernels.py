@@ -29,6 +29,7 @@ from sparsec.testing_relations import RELATIONS
 from sparsec.testing_totals import DEFAULT_PATH, Record, Totals, resume
 
 KERNELS = 8  # of one block
+TRIES = 20  # draws of a variant that may refuse them: some take one of many formats inside another
 
 
 def variants(target: Target, names: Sequence[str] = ()) -> list[catalog.Variant]:
@@ -38,13 +39,20 @@ def variants(target: Target, names: Sequence[str] = ()) -> list[catalog.Variant]
 
 
 def draw_kernels(
-    rng: np.random.Generator, target: Target, table: Sequence[catalog.Variant], count: int
+    rng: np.random.Generator, target: Target, table: Sequence[catalog.Variant], count: int, first: int = 0
 ) -> list[tuple[Case, KernelSpec]]:
-    """`count` kernels that their variants accept; half the time the next one shares all but the format."""
+    """`count` kernels that their variants accept; half the time the next one shares all but the format.
+
+    Variants take turns, from number `first` of the table. A turn gives two kernels at most, so that blocks which begin
+    half their size apart draw all of them.
+    """
     found: list[tuple[Case, KernelSpec]] = []
-    while len(found) < count:
-        case = draw_case(rng, target, table)
-        if spec := case.spec(target):
+    for turn in itertools.count(first):
+        if len(found) >= count:
+            break
+        tries = (draw_case(rng, target, [table[turn % len(table)]]) for _ in range(TRIES))
+        case, spec = next(((c, s) for c in tries if (s := c.spec(target))), (None, None))
+        if case and spec:
             found.append((case, spec))
             if rng.random() < 0.5 and (sibling := _sibling(rng, case, table)) and (spec := sibling.spec(target)):
                 found.append((sibling, spec))
@@ -76,7 +84,7 @@ def run(
     """Draw `kernels` kernels, run `problems` problems on each, and yield each with what is wrong, shrunk."""
     target = target or Target.probe()
     rng = np.random.default_rng((seed, block))
-    drawn = draw_kernels(rng, target, variants(target, names), kernels)
+    drawn = draw_kernels(rng, target, variants(target, names), kernels, first=block * kernels // 2)
     for _, spec in drawn:
         build_kernels([spec], target)
     others = _others(drawn)

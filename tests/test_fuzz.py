@@ -178,6 +178,16 @@ def test_a_draw_follows_from_its_seed_and_has_siblings() -> None:
     assert testing_kernels._sibling(np.random.default_rng(0), case, []) is None
 
 
+def test_a_few_blocks_draw_every_variant() -> None:
+    table = testing_kernels.variants(TARGET)
+    drawn = [
+        case.variant
+        for block in range(6)
+        for case, _ in testing_kernels.draw_kernels(np.random.default_rng((0, block)), TARGET, table, 24, block * 12)
+    ]
+    assert set(drawn) == {variant.name for variant in table}
+
+
 def test_a_spec_that_its_variant_refuses_is_none() -> None:
     fmt: Format = CSR().resolve(4, 5)
     assert Case("linear_csr", TARGET.isas[0], fmt, "bfloat16", 4, 5, True, ()).spec(TARGET) is None
