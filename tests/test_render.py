@@ -16,7 +16,7 @@ import pytest
 import tiny_kernel
 
 from sparsec.codegen import catalog
-from sparsec.codegen.kernel import KernelSpec, Step
+from sparsec.codegen.kernel import KernelSpec, Problem, Step
 from sparsec.codegen.render import TEMPLATES, c_float, c_int, environment, ident, render, render_file, require
 from sparsec.errors import SpecError
 
@@ -77,6 +77,14 @@ def test_the_text_is_the_template_with_emitted_values() -> None:
     assert f"__tvm_ffi_{tiny_kernel.spec(7, factor=0.1).symbol}(" in text
     assert text.startswith("#include") and text.endswith("}\n") and "<%" not in text and "${" not in text
     assert render(tiny_kernel.spec(7)) is render(tiny_kernel.spec(7))  # kept
+
+
+def test_specs_and_sources_are_values() -> None:
+    """They are kept and compared: nobody may change one that somebody else holds."""
+    source, problem = render(tiny_kernel.spec(7)), Problem("linear", 2, 3, "float32", 4)
+    for value, name in ((source, "text"), (source.spec, "isa"), (Step("relu"), "name"), (problem, "op")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(value, name, "other")
 
 
 HASHES = """
