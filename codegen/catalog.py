@@ -131,11 +131,11 @@ CATALOG: tuple[Variant, ...] = (
     ),
     Variant(
         "linear_bsr", "linear", "bsr", "linear_bsr.c.jinja",
-        isas=_AVX512_TO_C, choose=plans.linear, candidates=plans.bsr_formats,
+        isas=_AVX512_TO_C, choose=plans.bsr, candidates=plans.bsr_formats,
     ),
     Variant(
         "linear_bsr_bf16", "linear", "bsr", "linear_bsr.c.jinja", dtypes=("bfloat16",),
-        isas=_AVX512_TO_C, choose=plans.linear, candidates=plans.bsr_formats,
+        isas=_AVX512_TO_C, choose=plans.bsr, candidates=plans.bsr_formats,
     ),
     Variant(
         "linear_csr_groups", "linear", "csr_groups", "linear_csr_groups.c.jinja",

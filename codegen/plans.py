@@ -51,6 +51,13 @@ def codes_in(name: str, problem: Problem, fmt: Format) -> str | None:
     return f"sums of {inputs} products of bytes may overflow 32 bits (at most 65536 inputs)" if inputs > 65536 else None
 
 
+def bsr(problem: Problem, fmt: Format, target: Target, isa: str) -> tuple[tuple[Plan, Tile], ...]:
+    """Panels of at most two vectors of AVX-512: registers then hold twice the rows, which share what is loaded."""
+    if not isa.startswith("avx512"):
+        return linear(problem, fmt, target, isa)
+    return (((*DEFAULT_PLAN[:3], (0, "panel", 32)), ()),)
+
+
 def panel_block(target: Target, columns: int) -> int:
     """Inputs per block, a power of two, so that block * columns fp32 activations fit L1d.
 

@@ -7,7 +7,7 @@ from math import comb
 from sparsec.codegen import pair
 from sparsec.codegen.catalog import Variant
 from sparsec.codegen.kernel import Plan, Problem
-from sparsec.codegen.plans import DEFAULT_PLAN, Tile, linear
+from sparsec.codegen.plans import DEFAULT_PLAN, Tile, bsr, linear
 from sparsec.formats import NMG, Format, Window
 from sparsec.target import Target
 
@@ -64,7 +64,7 @@ VARIANTS = (
     *_both("linear_nmg", NMG.name, "linear_nmg.c.jinja", choose=nmg),
     *_both("linear_window", Window.name, "linear_window.c.jinja", choose=window, candidates=window_formats),
     *_both("linear_block_nm", "block_nm", "linear_block_nm.c.jinja", choose=linear),
-    *_both("linear_permuted_bsr", "permuted", "linear_bsr.c.jinja", choose=linear, needs=bsr_inside),
+    *_both("linear_permuted_bsr", "permuted", "linear_bsr.c.jinja", choose=bsr, needs=bsr_inside),
     *_both(
         "linear_permuted_csr_groups", "permuted", "linear_csr_groups.c.jinja", choose=linear, needs=csr_groups_inside,
     ),
