@@ -86,6 +86,7 @@ if TYPE_CHECKING:
         Tucker,
     )  # fmt: skip
     from sparsec.masks import mask_outputs
+    from sparsec.ranks import choose_ranks
     from sparsec.sparsifiers import sparsify
     from sparsec.sparsifiers.structure import co_permute, dependency_groups, shrink
 
@@ -98,6 +99,7 @@ _FACTORS = (
 )  # fmt: skip
 _LAZY = {  # what a user who only compiles or loads never needs: a third of the time to import
     "sparsify": "sparsec.sparsifiers",
+    "choose_ranks": "sparsec.ranks",
     "plan": "sparsec.algebra",
     "co_permute": "sparsec.sparsifiers.structure",
     "dependency_groups": "sparsec.sparsifiers.structure",
@@ -172,6 +174,7 @@ __all__ = [
     "Variant",
     "VerifyError",
     "analyze",
+    "choose_ranks",
     "co_permute",
     "compile",
     "dense_state_dict",

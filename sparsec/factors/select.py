@@ -13,6 +13,7 @@ import torch
 from sparsec.errors import InputError, SpecError
 from sparsec.factors._base import Factor, Shape, accept_gram
 from sparsec.factors._linalg import whitening
+from sparsec.factors.low_rank import LowRank
 
 COSTS = ("parameters", "flops", "nbytes", "milliseconds")
 _BUCKETS = 4096
@@ -131,14 +132,21 @@ def low_rank_options(
     of "parameters", "flops" (on `batch` rows), "nbytes" (float32) and "milliseconds" (measured, median of 5).
     """
     shape = tuple(weight.shape)
-    whole = float(tail_energy(weight, gram)[0])
-    options = [Option(None, _dense_cost(weight, cost, batch), 0.0)]
+    tails = tail_energy(weight, gram)
+    whole = float(tails[0])
+    options = [Option(None, dense_cost(weight, cost, batch), 0.0)]
     for rank in ranks:
         factor = family(rank)
-        if factor.refuse(shape) is None:
+        if factor.refuse(shape) is not None:
+            continue
+        if isinstance(factor, LowRank):  # one decomposition tells the errors of all ranks
+            buffers = {name: torch.zeros(s, dtype=weight.dtype) for name, s in factor.shapes(shape).items()}
+            loss = float(tails[factor.rank])
+        else:
             fit = factor.fit(weight, gram)
-            spent = factor_cost(factor, shape, cost, batch, fit.buffers)
-            options.append(Option(factor, spent, importance * fit.error**2 * whole))
+            buffers, loss = fit.buffers, fit.error**2 * whole
+        spent = factor_cost(factor, shape, cost, batch, buffers)
+        options.append(Option(factor, spent, importance * loss))
     return options
 
 
@@ -218,7 +226,8 @@ def _improved(
         found[name] = option
 
 
-def _dense_cost(weight: torch.Tensor, cost: str, batch: int) -> float:
+def dense_cost(weight: torch.Tensor, cost: str, batch: int) -> float:
+    """What the dense weight costs, in the unit of `cost`."""
     if cost not in COSTS:
         raise SpecError(f"cost={cost!r} is unknown; valid: {', '.join(COSTS)}")
     if batch < 1:
