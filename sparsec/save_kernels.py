@@ -126,7 +126,8 @@ def fit(source: str, fmt: Format, shape: tuple[int, ...], dtype: torch.dtype) ->
 
 def _target(spec: KernelSpec) -> Target:
     if spec.device != "cuda":
-        return Target.probe()
+        here = Target.probe()
+        return here if catalog.variant(spec.variant).serves(here) else dataclasses.replace(here, kind="tvm")
     target = Target.parse("cuda")
     if not target.isas:
         raise DeviceError("the model was saved for CUDA, and this process sees no CUDA device; compile it for the CPU")
