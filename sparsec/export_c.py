@@ -87,11 +87,11 @@ class _Exporter:
     def _view(self, node: fx.Node) -> None:
         """Contiguous values under another shape are the same bytes, as long as the batch stays what it is."""
         source: Any = node.args[0]
-        shapes = [getattr(n.meta.get("val"), "shape", None) for n in (source, node)]
-        if source not in self.values or any(not shape or shape[0] != shapes[0][0] for shape in shapes):
+        old, new = (getattr(n.meta.get("val"), "shape", None) for n in (source, node))
+        if source not in self.values or not old or not new or old[0] != new[0]:
             raise SpecError(
-                f"export_c cannot write node {node.name!r}: {node.target} takes {_sizes(shapes[0])} to "
-                f"{_sizes(shapes[1])}, and only views that leave the first dimension as it is can be exported"
+                f"export_c cannot write node {node.name!r}: {node.target} takes {_sizes(old)} to {_sizes(new)}, and "
+                "only views that leave the first dimension as it is can be exported"
             )
         self.views.append(node)
         self.values[node] = self.values[source]

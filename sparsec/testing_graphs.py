@@ -24,7 +24,7 @@ from torch import fx, nn
 from sparsec import api
 from sparsec.driver import Context, Pass
 from sparsec.errors import CaptureError, PassError
-from sparsec.passes import DEFAULT, Annotate, ConvRewrite, Fold, Fuse, Lower, Normalise, Select
+from sparsec.passes import DEFAULT, Annotate, ConvRewrite, Fold, Fuse, Lower, Normalise, Pool, Select
 from sparsec.passes.rewrite import Rewrite
 from sparsec.testing_totals import DEFAULT_PATH, Totals, resume
 
@@ -69,12 +69,13 @@ def passes_of(order: int) -> tuple[type[Pass], ...]:
     if order < len(ORDERS):
         return ORDERS[order]
     rng = random.Random(f"order {order}")
-    before = [Rewrite] if rng.random() < 0.3 else []
+    before: list[type[Pass]] = [Rewrite] if rng.random() < 0.3 else []
     before += [rng.choice((Normalise, Fold, Fold, ConvRewrite)) for _ in range(rng.randrange(5))]
     rng.shuffle(before)
-    between = [rng.choice((Fuse, Fuse, Fold, ConvRewrite, Annotate)) for _ in range(rng.randrange(4))]
-    last = [Annotate] if between and between[-1] is not Fuse else []  # facts of what was folded since
-    return (Normalise, *before, Annotate, *between, *last, Select, Lower)
+    between: list[type[Pass]] = [rng.choice((Fuse, Fuse, Fold, ConvRewrite, Annotate)) for _ in range(rng.randrange(4))]
+    last: list[type[Pass]] = [Annotate] if between and between[-1] is not Fuse else []  # facts of what was folded since
+    after: list[type[Pass]] = [Pool] if rng.random() < 0.5 else []
+    return (Normalise, *before, Annotate, *between, *last, Select, *after, Lower)
 
 
 def _prune(module: nn.Module, rng: random.Random) -> None:
