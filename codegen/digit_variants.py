@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from sparsec.codegen.catalog import Variant
+from sparsec.codegen import plans
+from sparsec.codegen.catalog import Candidates, Choose, Variant
 from sparsec.codegen.kernel import Plan, Problem
 from sparsec.codegen.plans import Tile, codes_in
 from sparsec.formats import SELL, Bitmask, CSRGroups, Format, Pairs, Picks, Quantized
@@ -65,7 +66,19 @@ def mask_inside(problem: Problem, fmt: Format, target: Target) -> str | None:
 
 _BYTES = ("avx512vbmi2", *_C)
 
+def _half(fmt: str, choose: Choose, candidates: Candidates) -> Variant:
+    """A kernel of fp32 sums whose operands are stored as float16: conversions come with every vector since AVX2."""
+    return Variant(
+        f"linear_{fmt}_fp16", "linear", fmt, f"linear_{fmt}.c.jinja", dtypes=("float16",),
+        isas=_C, choose=choose, candidates=candidates,
+    )  # fmt: skip
+
+
 VARIANTS = (
+    _half("csr", plans.linear, plans.csr_formats),
+    _half("csr_groups", plans.linear, plans.csr_groups_formats),
+    _half("sell", plans.sell, plans.sell_formats),
+    _half("bsr", plans.linear, plans.bsr_formats),
     Variant(
         "linear_sell_dots", "linear", SELL.name, "linear_sell_dots.c.jinja", dtypes=("bfloat16",),
         isas=("avx512bf16",), choose=dots, candidates=dots_formats,

@@ -15,7 +15,7 @@ from sparsec.codegen.build import build_kernels
 from sparsec.codegen.kernel import DTYPES, Kernel, KernelSpec, Plan, Problem, Step
 from sparsec.codegen.render import render
 from sparsec.errors import SpecError
-from sparsec.formats import CSR, SELL, Bitmask, CSRGroups, Format, Pairs, Picks, Quantized
+from sparsec.formats import BSR, CSR, SELL, Bitmask, CSRGroups, Format, Pairs, Picks, Quantized
 from sparsec.target import Target
 
 HERE = Target.probe()
@@ -25,6 +25,10 @@ CASES: tuple[tuple[str, Format, int, int], ...] = (
     ("linear_sell_dots", SELL(), 34, 300),
     ("linear_pairs", Pairs(CSRGroups(16)), 37, 53),
     ("linear_pairs", Pairs(), 34, 600),
+    ("linear_csr_fp16", CSR(), 37, 53),
+    ("linear_csr_groups_fp16", CSRGroups(16), 37, 53),
+    ("linear_sell_fp16", SELL(16, 8), 37, 53),
+    ("linear_bsr_fp16", BSR(4, 1), 34, 53),
     ("linear_picks", Quantized(Picks()), 37, 301),
     ("linear_picks", Quantized(Picks()), 16, 3),
     ("linear_bitmask_codes", Quantized(Bitmask(64)), 37, 301),
@@ -46,7 +50,7 @@ def _grid() -> list[tuple[Format, KernelSpec]]:
     for name, fmt, out, inp in CASES:
         variant = catalog.variant(name)
         isas = [isa for isa in variant.isas if isa in HERE.isas]
-        for isa in isas[:1] if name in seen else isas:
+        for isa in isas[:1] if name in seen else (isas[0], isas[-1]) if name.endswith("_fp16") else isas:
             found += [(fmt, _spec(name, fmt, out, inp, isa, dtype)) for dtype in variant.dtypes]
         seen.add(name)
     return found
@@ -144,6 +148,7 @@ REFUSED: tuple[tuple[str, Format, dict[str, object], str], ...] = (
     ("linear_pairs", Pairs(), {"plan": ((0, "gemv", 1),)}, "run in panels only"),
     ("linear_pairs", Pairs(), {"dtype": "float32"}, "are of bfloat16"),
     ("linear_pairs", Pairs(), {"fields": (("block", 256),)}, "1 to 255 columns"),
+    ("linear_bsr_fp16", BSR(4, 1), {"dtype": "int8"}, "and float16, not int8"),
     ("linear_picks", Quantized(Picks()), {"dtype": "bfloat16"}, "go with float32"),
     ("linear_picks", Quantized(Picks()), {"plan": ((1, "gemv", 1), (0, "panel", 8))}, "one routine"),
     ("linear_picks", Quantized(Picks()), {"in_features": 65537}, "may overflow"),

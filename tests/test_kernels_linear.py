@@ -249,7 +249,7 @@ def test_entry_refuses_what_the_kernel_was_not_compiled_for() -> None:
         ({"plan": ((1, "gemv", 1),)}, "last line of a plan"),
         ({"plan": ((0, "stream", 64),)}, "unknown routine stream"),
         ({"plan": ((0, "panel", 24),)}, "panels are 4, 8, 16"),
-        ({"dtype": "float16", "variant": "linear_csr"}, "float32 and bfloat16, not float16"),
+        ({"dtype": "int8", "variant": "linear_csr"}, "float32 and bfloat16 and float16, not int8"),
         ({"out_features": 0}, "at least one output"),
         ({"epilogue": (Step("add"), Step("add"))}, "one residual"),
         ({"fields": (("index_bits", 8), ("block", 16))}, "16 or 32 bits"),
