@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sparsec.codegen import torch_conv
 from sparsec.codegen.catalog import Tile, Variant
 from sparsec.codegen.kernel import Plan, Problem
 from sparsec.errors import SpecError
@@ -61,4 +62,5 @@ VARIANTS: tuple[Variant, ...] = (
         choose=panels, needs=chain_needs,
     ),
     Variant("chain_torch", OP, FORMAT, language="torch", needs=torch_needs),  # bf16 would round between the products
+    Variant("conv_chain_torch", "conv", "factored_conv", language="torch", needs=torch_conv.needs),
 )  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from sparsec import verify
+from sparsec.codegen import torch_conv
 from sparsec.codegen.backend import Backend
 from sparsec.codegen.kernel import DTYPES, Kernel, KernelSpec, Source
 from sparsec.errors import SpecError
@@ -26,6 +27,8 @@ class TorchChainBackend(Backend):
     name = "torch"
 
     def render(self, spec: KernelSpec) -> Source:
+        if spec.op == "conv":
+            return Source(spec, self.name, torch_conv.text(spec))
         fmt = _format(spec)
         lines = [
             f"# {spec.variant}: y[batch, {fmt.out}] = epilogue(x[batch, {fmt.inp}] W^T{' + bias' * spec.bias})",
@@ -48,7 +51,9 @@ class TorchChainBackend(Backend):
         return Path()
 
     def load(self, path: Path, source: Source) -> Kernel:
-        return Kernel(source.spec, _call(source.spec, _format(source.spec)), source.text, ())
+        spec = source.spec
+        call = torch_conv.call_of(spec) if spec.op == "conv" else _call(spec, _format(spec))
+        return Kernel(spec, call, source.text, ())
 
 
 def _identifier(buffer: str) -> str:

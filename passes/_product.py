@@ -192,6 +192,19 @@ def _pixels(count: int) -> torch.Tensor:
     return pixels
 
 
+def windows(problem: Problem, x: torch.Tensor) -> torch.Tensor:
+    """What a weight multiplies: rows of x, or of images the inputs under some thousand evenly spread output pixels."""
+    if problem.conv is None:
+        return x.reshape(-1, x.shape[-1])
+    x, _ = flatten(problem, x, None)
+    count = x.shape[0] * problem.conv.pixels
+    pixels = torch.arange(0, count, max(1, count // _WINDOWS))
+    return _under_taps(x, problem.conv, pixels // problem.conv.pixels, pixels % problem.conv.pixels)
+
+
+_WINDOWS = 1 << 14  # pixels that calibration looks at
+
+
 def _under_taps(x: torch.Tensor, conv: Conv, image: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
     """(pixels, channels * taps): the inputs that each output pixel multiplies, zeros where there is padding."""
     inside = torch.ones(place.shape[0], 1, dtype=torch.bool)

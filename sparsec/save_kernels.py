@@ -14,6 +14,7 @@ from sparsec.codegen import build, catalog, render
 from sparsec.codegen.kernel import KernelSpec, Problem
 from sparsec.errors import DeviceError, FormatError, LoadError, SpecError
 from sparsec.factors.chain import Factored
+from sparsec.factors.conv_chain import FactoredConv
 from sparsec.formats import Format, parse
 from sparsec.install import Installed
 from sparsec.recipes import Constant
@@ -67,7 +68,8 @@ def decode_installed(
 def _format(data: Any, rows: int, cols: int) -> Format:
     try:
         written = text(data, "format", 1000)
-        fmt: Format = Factored.parse(written) if written.startswith(f"{Factored.name}(") else parse(written)
+        own = next((cls for cls in (Factored, FactoredConv) if written.startswith(f"{cls.name}(")), None)
+        fmt: Format = own.parse(written) if own is not None else parse(written)
         if fmt.resolve(rows, cols) != fmt:
             raise LoadError(f"format {data!r:.100} has open fields")
     except (SpecError, ArithmeticError) as error:

@@ -20,7 +20,7 @@ from sparsec.codegen import catalog
 from sparsec.codegen.build import build_kernels
 from sparsec.codegen.kernel import DTYPES, Conv, KernelSpec, Problem, Step
 from sparsec.errors import SpecError
-from sparsec.formats import BSR, Dense, Format
+from sparsec.formats import BSR, FORMATS, Dense, Format
 from sparsec.ops import conv as op
 from sparsec.target import Target
 
@@ -91,8 +91,9 @@ def _problem(case: ConvCase) -> Problem:
 
 
 def variants(target: Target, names: Sequence[str] = ()) -> list[catalog.Variant]:
-    """The convolution variants that this target can run, or those of them that are named."""
-    return [v for v in catalog.variants_for("conv", target=target) if v.isa(target) and (not names or v.name in names)]
+    """The convolution variants that this target can run, or those of them that are named, but for factored weights."""
+    table = [v for v in catalog.variants_for("conv", target=target) if v.isa(target) and v.format in FORMATS]
+    return [v for v in table if not names or v.name in names]
 
 
 def draw_case(rng: np.random.Generator, target: Target, table: Sequence[catalog.Variant]) -> ConvCase:

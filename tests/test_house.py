@@ -56,6 +56,8 @@ MAY_ALSO: dict[str, tuple[set[str], str]] = {
     "testing_graphs": ({"api", "passes"}, "compiles random modules with every order of the passes"),
     "sparsifiers.layers": ({"spec"}, "where= takes the patterns of a spec"),
     "sparsifiers.pruning": ({"codes"}, "writes report rows"),
+    "ranks": ({"factors"}, "chooses factors for the sites of a spec"),
+    "codegen.torch_conv": ({"factors", "verify"}, "runs a factor's convolutions, and applies the epilogue"),
     "codegen.torch_chain": ({"factors", "verify"}, "multiplies by a factor's operands, and applies the epilogue"),
     "passes.pool": ({"codegen", "ops"}, "times its kernel against torch's"),
     "passes.factor": ({"codegen"}, "asks the catalogue for chains"),

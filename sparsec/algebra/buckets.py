@@ -116,7 +116,7 @@ def from_plans(names: Sequence[str], plans: Sequence[Plan]) -> Buckets:
     """Buckets of plans that were stored, over the sizes of these names. Raises ValueError for costs of other sizes."""
     symbols = tuple(symbol(name) for name in names)
     for plan in plans:
-        strange = getattr(plan.flops, "free_symbols", set()) - set(symbols)
+        strange: set[Any] = getattr(plan.flops, "free_symbols", set()) - set(symbols)
         if strange:
             raise ValueError(f"a cost depends on {min(map(str, strange))!r}, which is no size of this plan")
     return _counted(symbols, tuple(plans))

@@ -43,6 +43,11 @@ class Factored(Format):
         return self.out, self.inp
 
     @property
+    def weight(self) -> Shape:
+        """The shape that the factor sees."""
+        return self.shape
+
+    @property
     def buffers(self) -> tuple[str, ...]:  # type: ignore[override]  # depends on the factor
         return _names(self)
 

@@ -13,6 +13,7 @@ import torch
 from sparsec.errors import FormatError, InputError
 from sparsec.factors._base import Factor, Fit, Shape
 from sparsec.factors._contraction import BATCH, Contraction
+from sparsec.factors.conv_steps import CONVOLUTIONS, chain_of, run_chains, windowed
 from sparsec.formats import Buffers
 
 
@@ -53,8 +54,8 @@ def convolve(
     """x (batch, in, *size) convolved with the factored weight (out, in, *kernel), without forming the weight.
 
     Window letters of the factor's einsum become small convolutions and the rest 1x1 ones, so a Tucker-2 weight is 1x1,
-    window, 1x1 and a CP weight 1x1, depthwise, 1x1. Factors that mix the window with channels (Monarch, Kronecker) are
-    reconstructed. Raises InputError for an x of another shape.
+    window, 1x1, a CP weight 1x1, depthwise, 1x1 and a low rank one window, 1x1. Factors that mix the window with
+    channels (Monarch, Kronecker) are reconstructed. Raises InputError for an x of another shape.
     """
     dims = len(shape) - 2
     if dims < 1 or x.dim() != dims + 2 or x.shape[1] != shape[1]:
@@ -62,11 +63,12 @@ def convolve(
     window = Window.of(dims, stride, padding, dilation)
     total: torch.Tensor | None = None
     for c in factor.resolve(shape).contract(shape):
-        if _spatial(c, dims):
-            term = _convolve_by_steps(c, x, buffers, window)
+        opened = windowed(c, shape)
+        if opened is not None:
+            term = run_chains((chain_of(opened),), x, buffers, window)
         else:
             dense = c.reconstruct(buffers).reshape(shape)
-            term = _conv(dims)(x, dense, None, window.stride, window.padding, window.dilation)
+            term = CONVOLUTIONS[dims - 1](x, dense, None, window.stride, window.padding, window.dilation)
         total = term if total is None else total + term
     return x.new_zeros(()) if total is None else total
 
@@ -77,23 +79,17 @@ def conv_flops(
     """Floating point operations of `convolve` on `batch` images of `size`: two a product."""
     dims = len(shape) - 2
     window = Window.of(dims, stride, padding, dilation)
+    places = [window.output(n, k, d) for d, (n, k) in enumerate(zip(size, shape[2:]))]
     total = 0
     for c in factor.resolve(shape).contract(shape):
-        sizes = c.sizes
-        if not _spatial(c, dims):
-            places = prod(window.output(n, k, d) for d, (n, k) in enumerate(zip(size, shape[2:])))
-            total += 2 * batch * places * prod(shape)
+        opened = windowed(c, shape)
+        if opened is None:
+            total += 2 * batch * prod(places) * prod(shape)
             continue
         running = list(size)
-        for operand, (left, right, _) in zip(c.operands, c.steps(), strict=True):
-            for d, letter in enumerate(c.kernel):
-                if letter in right:
-                    running[d] = window.output(running[d], sizes[letter], d)
-            letters = (set(left) - set(c.kernel) - {BATCH}) | set(right)
-            stored = prod(sizes[letter] for letter in letters)
-            if operand.format is not None:
-                stored = operand.stored * prod(sizes[letter] for letter in letters - set(right))
-            total += 2 * batch * prod(running) * stored
+        for step in chain_of(opened).steps:
+            running = [at if used else now for now, at, used in zip(running, places, step.window, strict=True)]
+            total += step.flops(batch, prod(running))
     return total
 
 
@@ -161,48 +157,6 @@ def to_dense(
         factor.validate(own, shapes[name])
         found[name] = factor.reconstruct(own, shapes[name])
     return {k: found[k] for k in [*(k for k in state if k in found), *factors]}
-
-
-def _spatial(c: Contraction, dims: int) -> bool:
-    """Whether every window letter stands alone in one operand, so that the einsum can run over positions."""
-    holders = [sum(letter in o.letters for o in c.operands) for letter in c.kernel]
-    return len(c.kernel) == dims and all(n == 1 for n in holders)
-
-
-def _conv(dims: int) -> Any:
-    return (torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)[dims - 1]
-
-
-def _convolve_by_steps(c: Contraction, x: torch.Tensor, buffers: Buffers, window: Window) -> torch.Tensor:
-    """Each step of the einsum as a grouped convolution: shared letters are groups, window letters the kernel."""
-    dims = len(c.kernel)
-    sizes = c.sizes
-    channels = c.inputs.removesuffix(c.kernel)
-    space = x.shape[2:]
-    running = x.reshape(x.shape[0], *(sizes[letter] for letter in channels), *space)
-    letters = channels
-    for operand, (_, right, result) in zip(c.operands, c.steps(), strict=True):
-        groups = [a for a in letters if a in right and a in result]
-        summed = [a for a in letters if a in right and a not in result]
-        aside = [a for a in letters if a not in right]
-        new = [a for a in right if a not in letters and a not in c.kernel]
-        kernel = [sizes[k] if k in right else 1 for k in c.kernel]
-        order = [0, *(1 + letters.index(a) for a in (*aside, *groups, *summed))]
-        grid = running.permute(*order, *range(1 + len(letters), running.dim()))
-        g, s, n = (prod(sizes[a] for a in part) for part in (groups, summed, new))
-        grid = grid.reshape(-1, g * s, *running.shape[1 + len(letters) :])
-        wanted = "".join([*groups, *new, *summed, *(k for k in c.kernel if k in right)])
-        weight = torch.einsum(f"{right}->{wanted}", operand.dense(buffers)).reshape(g * n, s, *kernel)
-        own = [k in right for k in c.kernel]
-        stride, dilation = (
-            tuple(v if used else 1 for v, used in zip(t, own)) for t in (window.stride, window.dilation)
-        )
-        padding = tuple(v if used else 0 for v, used in zip(window.padding, own))
-        done = _conv(dims)(grid, weight, None, stride, padding, dilation, g)
-        letters = "".join([*aside, *groups, *new])
-        running = done.reshape(x.shape[0], *(sizes[a] for a in letters), *done.shape[2:])
-    order = [0, *(1 + letters.index(a) for a in c.outputs), *range(1 + len(letters), running.dim())]
-    return running.permute(order).reshape(x.shape[0], prod(c.y), *running.shape[1 + len(letters) :])
 
 
 def _gathered(c: Contraction, index: torch.Tensor, buffers: Buffers) -> torch.Tensor:
