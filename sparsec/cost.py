@@ -62,7 +62,7 @@ RATES: dict[str, Rate] = {
     "window": Rate(gemv=0.25, gemv_entry=0.015),
     "bitmask": Rate(per_value=0.7, gemv=0.02, gemv_entry=0.24),
     "bsr": Rate(share=0.88, per_value=0.1, gemv=0.3, per_entry=0.0),
-    "nm": Rate(share=0.8, per_value=0.2, gemv=0.4, per_entry=0.0),
+    "nm": Rate(share=0.68, per_value=0.2, gemv=0.4, per_entry=0.0),
     "block_nm": Rate(share=0.7, per_value=0.2, gemv=0.3, per_entry=0.0),
     "nmg": Rate(share=0.35, gemv=1.0, per_entry=0.0),
     "quantized": Rate(share=1.4, gemv=0.4, per_entry=0.0),
