@@ -7,60 +7,67 @@
 
 from __future__ import annotations
 
+import gc
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sparsec.api import (
-    analyze,
-    compile,
-    dense_state_dict,
-    draw,
-    graphs,
-    load_dense_state_dict,
-    report,
-    source,
-)
-from sparsec.codegen.backend import Backend
-from sparsec.codegen.catalog import Variant, register
-from sparsec.driver import Pass
-from sparsec.errors import (
-    CaptureError,
-    DependencyError,
-    DeviceError,
-    FormatError,
-    InputError,
-    LoadError,
-    PassError,
-    SparsecError,
-    SpecError,
-    ToolchainError,
-    VerifyError,
-)
-from sparsec.export_c import export_c
-from sparsec.formats import (
-    BSR,
-    CSR,
-    NM,
-    NMG,
-    SELL,
-    Bitmask,
-    BlockNM,
-    CSRGroups,
-    Dense,
-    FanIn,
-    Format,
-    GroupInt4,
-    Pairs,
-    Permuted,
-    Quantized,
-    SpQR,
-    TiledCSL,
-    TwoFour,
-)
-from sparsec.passes import DEFAULT
-from sparsec.report import Report
-from sparsec.save import load, save
-from sparsec.spec import Auto, Spec
+_collecting = gc.isenabled()
+gc.disable()  # importing torch leaves a heap whose full collection takes longer than all imports below
+try:
+    from sparsec.api import (
+        analyze,
+        compile,
+        dense_state_dict,
+        draw,
+        graphs,
+        load_dense_state_dict,
+        report,
+        source,
+    )
+    from sparsec.codegen.backend import Backend
+    from sparsec.codegen.catalog import Variant, register
+    from sparsec.driver import Pass
+    from sparsec.errors import (
+        CaptureError,
+        DependencyError,
+        DeviceError,
+        FormatError,
+        InputError,
+        LoadError,
+        PassError,
+        SparsecError,
+        SpecError,
+        ToolchainError,
+        VerifyError,
+    )
+    from sparsec.export_c import export_c
+    from sparsec.formats import (
+        BSR,
+        CSR,
+        NM,
+        NMG,
+        SELL,
+        Bitmask,
+        BlockNM,
+        CSRGroups,
+        Dense,
+        FanIn,
+        Format,
+        GroupInt4,
+        Pairs,
+        Permuted,
+        Quantized,
+        SpQR,
+        TiledCSL,
+        TwoFour,
+    )
+    from sparsec.passes import DEFAULT
+    from sparsec.report import Report
+    from sparsec.save import load, save
+    from sparsec.spec import Auto, Spec
+finally:
+    if _collecting:
+        gc.enable()
 
 if TYPE_CHECKING:
     from sparsec.algebra import plan
