@@ -108,7 +108,8 @@ def draw_format(rng: np.random.Generator, name: str, rows: int, cols: int) -> Fo
         block = (None, 64, 128)[int(rng.integers(3))]
         return make(width=(None, 16, 32, 64)[int(rng.integers(4))], block=block).resolve(rows, cols)
     if name == "nm":
-        return make(*((1, 2), (2, 4), (1, 4), (3, 8), (4, 8), (2, 16), (5, 16), (4, 32))[int(rng.integers(8))])
+        choice = ((1, 2), (2, 4), (1, 4), (3, 8), (4, 8), (2, 16), (5, 16), (4, 32), (5, 32))[int(rng.integers(9))]
+        return make(*choice)
     if name == "nmg":
         return make(*((1, 2, 3), (1, 4, 4), (2, 4, 2), (2, 8, 1), (2, 16, 1))[int(rng.integers(5))])
     if name == "block_nm":
