@@ -269,3 +269,11 @@ def test_what_validate_passes_cannot_lead_outside(fmt: Format, data: st.DataObje
         return
     again = fmt.pack(fmt.unpack(damaged, rows, cols))
     assert all(torch.equal(again[k], damaged[k]) for k in damaged)
+
+
+@pytest.mark.parametrize("shape", [(0, 20), (3, 0), (0, 0)])
+def test_bitmasks_of_nothing_are_valid(shape: tuple[int, int]) -> None:
+    fmt = Bitmask(16, 16)
+    buffers = fmt.pack(torch.zeros(shape))
+    fmt.validate(buffers, *shape)
+    assert fmt.unpack(buffers, *shape).shape == shape
