@@ -13,7 +13,7 @@ from sparsec.codegen import catalog, conv_variants, render
 from sparsec.codegen.build import build_kernels
 from sparsec.codegen.conv import Axis, Conv
 from sparsec.codegen.kernel import DTYPES, KernelSpec, Problem, Step
-from sparsec.errors import InputError, SpecError
+from sparsec.errors import SpecError
 from sparsec.formats import Format, parse
 from sparsec.graph import Fact
 from sparsec.ops import conv as op

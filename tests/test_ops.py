@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from sparsec import verify
 from sparsec.codegen import catalog
 from sparsec.codegen.kernel import KernelSpec, Problem, Step
-from sparsec.errors import InputError, SpecError
+from sparsec.errors import SpecError
 from sparsec.formats import CSR
 from sparsec.ops.linear import BUCKETS, OVERLOAD
 from sparsec.target import Target

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class ConvStep:
 
     def flops(self, batch: int, pixels: int) -> int:
         """Two a product, on the `pixels` of the result."""
-        return 2 * batch * self.aside * pixels * self.out * (self.channels // self.groups) * prod(self.kernel)
+        return 2 * batch * self.aside * pixels * self.out * (self.channels // self.groups) * math.prod(self.kernel)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def windowed(term: Contraction, shape: Shape) -> Contraction | None:
     is a convolution with the whole window, and what follows 1x1.
     """
     dims = len(shape) - 2
-    if not term.kernel and len(term.inputs) == 1 and term.x == (prod(shape[1:]),):
+    if not term.kernel and len(term.inputs) == 1 and term.x == (math.prod(shape[1:]),):
         letter, fresh = term.inputs, "".join(c for c in KERNEL_LETTERS if c not in term.sizes)[:dims]
         if len(fresh) == dims and letter not in term.outputs and all(o.format is None for o in term.operands):
             operands = tuple(_opened(o, letter, fresh, shape) for o in term.operands)
@@ -125,12 +125,12 @@ def chain_of(c: Contraction) -> ConvChain:
         aside = [a for a in letters if a not in right]
         new = [a for a in right if a not in letters and a not in c.kernel]
         window = [k for k in c.kernel if k in right]
-        g, s, n = (prod(sizes[a] for a in part) for part in (groups, summed, new))
+        g, s, n = (math.prod(sizes[a] for a in part) for part in (groups, summed, new))
         steps.append(
             ConvStep(
                 operand,
                 (0, *(1 + letters.index(a) for a in (*aside, *groups, *summed))),
-                prod(sizes[a] for a in aside),
+                math.prod(sizes[a] for a in aside),
                 g * s,
                 tuple(right.index(a) for a in (*groups, *new, *summed, *window)),
                 g * n,
@@ -162,5 +162,5 @@ def run_chains(
 
 def depth(chains: Sequence[ConvChain]) -> float:
     """sum_s (8 + 2 sqrt(n_s)) of the longest chain, n_s being how many numbers step s sums."""
-    lengths = [[s.channels // s.groups * prod(s.kernel) for s in chain.steps] for chain in chains]
-    return max(sum(8 + 2 * n**0.5 for n in chain) for chain in lengths) + len(chains)
+    lengths = [[s.channels // s.groups * math.prod(s.kernel) for s in chain.steps] for chain in chains]
+    return max(sum(8 + 2 * math.sqrt(n) for n in chain) for chain in lengths) + len(chains)

@@ -108,9 +108,10 @@ class Picks(Format):
         first, place = numpy_view(starts).view(np.uint16), numpy_view(buffers["places"])
         for key, array, limit in (("starts", first, cols), ("places", place, REACH)):
             if (array >= limit).any():
-                at = int(np.argmax(array >= limit))
+                first_wrong = int(np.argmax(array >= limit))
                 raise FormatError(
-                    f"{self.name}: buffer {key!r} at position {at} holds {array[at]}; valid: below {limit}"
+                    f"{self.name}: buffer {key!r} at position {first_wrong} holds {array[first_wrong]}; "
+                    f"valid: below {limit}"
                 )
         row, column, at = self._entries(buffers)
         if ((row >= rows) | (column >= cols)).any():
