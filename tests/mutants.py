@@ -164,8 +164,8 @@ BY_HAND: tuple[tuple[str, str, str], ...] = (
 EQUIVALENT: dict[str, str] = {
     "sparsec/formats/bsr.py: bad = (padding != 0).flatten(1).any(dim=1).nonzero().flatten() -> "
     "bad = (padding != 0).flatten(2).any(dim=1).nonzero().flatten()": "the first entry is the first bad block anyway",
-    "sparsec/formats/bitmask.py: if rows == 0 or words == 0: -> if rows == 0 and words == 0:": "what follows does nothing "
-    "for weights without rows or columns, too",
+    "sparsec/formats/bitmask.py: if rows == 0 or words == 0: -> if rows == 0 and words == 0:": "what follows does "
+    "nothing for weights without rows or columns, too",
 }
 """Mutant without its line -> why no test can see it."""
 
