@@ -83,7 +83,12 @@ def build_kernels(
         kernels = [one(spec) for spec in wanted]
     else:
         with ThreadPoolExecutor(min(len(wanted), workers()), thread_name_prefix="sparsec-build") as pool:
-            kernels = list(pool.map(one, wanted))
+            try:
+                kernels = list(pool.map(one, wanted))
+            except BaseException:  # Ctrl-C reaches this thread only: the others would wait for their compilers
+                pool.shutdown(wait=False, cancel_futures=True)
+                toolchain.interrupt(pool._threads)
+                raise
     if failed and errors is None:
         raise next(failed[spec] for spec in wanted if spec in failed)
     if errors is not None:

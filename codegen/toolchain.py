@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -208,6 +208,8 @@ def run(command: Sequence[str], folder: Path | None, seconds: float) -> tuple[in
         )  # fmt: skip
     except OSError as error:
         return 127, f"cannot start {command[0]}: {error}"
+    thread = threading.get_ident()
+    _RUNNING[thread] = process
     try:
         text, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -216,7 +218,22 @@ def run(command: Sequence[str], folder: Path | None, seconds: float) -> tuple[in
     except BaseException:
         _kill(process)
         raise
+    finally:
+        del _RUNNING[thread]
     return process.returncode, text
+
+
+_RUNNING: dict[int, subprocess.Popen[str]] = {}  # by the thread that waits for it
+
+
+def interrupt(threads: Iterable[threading.Thread]) -> None:
+    """End these threads: whatever command one of them runs is killed, until the thread is done."""
+    for thread in threads:
+        while thread.is_alive():
+            if (process := _RUNNING.get(thread.ident or 0)) is not None:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            thread.join(0.05)
 
 
 def _kill(process: subprocess.Popen[str]) -> None:

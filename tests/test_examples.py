@@ -16,7 +16,7 @@ SAYS = {
     "cnn": ("conv2d", "fine-tuned", "largest difference", "64 images"),
     "quickstart": ("sparsec report, 3 sites", "largest difference"),
     "inspect_graph": (
-        "passes: capture, normalise, fold, conv_rewrite, annotate, fuse, factor, select, lower",
+        "passes: capture, normalise, fold, conv_rewrite, annotate, fuse, factor, select, pool, lower",
         "lines of C",
         "picture:",
     ),

@@ -93,7 +93,7 @@ def test_every_batch(variant: str, batch: int) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_relation(variant: str, relation: str) -> None:
     case, spec = _kernel(variant)
-    other = _kernel("linear_csr" if case.dtype == "float32" else "linear_csr_bf16")
+    other = _kernel({"float32": "linear_csr", "float16": "linear_csr_fp16"}.get(case.dtype, "linear_csr_bf16"))
     data = dataclasses.replace(PLAIN, threads=2, values="integers", pattern="power_law")
     assert testing.failures(case, data, spec.text(), (other[0].format, other[1].text()), [relation]) == []
 
