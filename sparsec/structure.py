@@ -142,11 +142,10 @@ def _nm(mask: np.ndarray, nnz: int, kernel: int) -> tuple[int, int] | None:
         if inputs % m:
             continue
         limit = nnz / mask.size * m / max(MIN_FILL, best[0] * 1.001 if best else 0.0)  # a larger n is of no use
-        n = _largest_group(mask[:_SAMPLE], m, kernel)
-        if n > limit:
-            continue
-        if rows > _SAMPLE:
-            n = max(n, _largest_group(mask[_SAMPLE:], m, kernel))
+        n = 0  # a few rows refute most claims
+        for first, last in zip((0, 4, _SAMPLE), (4, _SAMPLE, rows), strict=True):
+            if first < rows and n <= limit:
+                n = max(n, _largest_group(mask[first:last], m, kernel))
         if n < m and n <= limit:
             best = (nnz / mask.size * m / n, (n, m))
     return best[1] if best else None
