@@ -94,3 +94,24 @@ def segment_ranges(name: str, indices: np.ndarray, ends: np.ndarray, low: np.nda
                 f"{name}: buffer 'indices' at position {where[s]} holds {indices[where[s]]}, "
                 f"valid: {lower[s]} to {upper[s] - 1}"
             )
+
+
+def ascending_entries(
+    name: str, entries: tuple[np.ndarray, np.ndarray, np.ndarray], rows: int, cols: int, noun: str
+) -> None:
+    """FormatError unless entries (row, column, position in 'places') lie in the matrix and ascend along a row."""
+    row, column, at = entries
+    outside = (row >= rows) | (column >= cols)
+    if outside.any():
+        i = int(np.argmax(outside))
+        raise FormatError(
+            f"{name}: buffer 'places' at position {at[i]} means ({row[i]}, {column[i]}), outside ({rows}, {cols})"
+        )
+    order = np.argsort(row, kind="stable")
+    falls = (np.diff(row[order]) == 0) & (np.diff(column[order]) <= 0)
+    if falls.any():
+        i = int(order[int(np.argmax(falls)) + 1])
+        raise FormatError(
+            f"{name}: buffer 'places' at position {at[i]} means column {column[i]} of row {row[i]}, which "
+            f"does not lie behind the row's {noun} before it"
+        )

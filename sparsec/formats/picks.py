@@ -113,21 +113,7 @@ class Picks(Format):
                     f"{self.name}: buffer {key!r} at position {first_wrong} holds {array[first_wrong]}; "
                     f"valid: below {limit}"
                 )
-        row, column, at = self._entries(buffers)
-        if ((row >= rows) | (column >= cols)).any():
-            i = int(np.argmax((row >= rows) | (column >= cols)))
-            raise FormatError(
-                f"{self.name}: buffer 'places' at position {at[i]} means ({row[i]}, {column[i]}), outside "
-                f"({rows}, {cols})"
-            )
-        order = np.argsort(row, kind="stable")
-        falls = (np.diff(row[order]) == 0) & (np.diff(column[order]) <= 0)
-        if falls.any():
-            i = int(order[int(np.argmax(falls)) + 1])
-            raise FormatError(
-                f"{self.name}: buffer 'places' at position {at[i]} means column {column[i]} of row {row[i]}, which "
-                "does not lie behind the row's code before it"
-            )
+        _check.ascending_entries(self.name, self._entries(buffers), rows, cols, "code")
 
     def stored(self, dense: torch.Tensor) -> int:
         return int(self._walk(numpy_view(pattern(dense)))[0].size) * LANES * STEPS

@@ -163,21 +163,7 @@ class Window(Format):
 
     def _valid_entries(self, buffers: Buffers, rows: int, cols: int) -> None:
         """Entries lie in the matrix and ascend along a row; filling is zero."""
-        row, column, at = self._entries(buffers)
-        if ((row >= rows) | (column >= cols)).any():
-            i = int(np.argmax((row >= rows) | (column >= cols)))
-            raise FormatError(
-                f"{self.name}: buffer 'places' at position {at[i]} means ({row[i]}, {column[i]}), outside "
-                f"({rows}, {cols})"
-            )
-        order = np.argsort(row, kind="stable")
-        falls = (np.diff(row[order]) == 0) & (np.diff(column[order]) <= 0)
-        if falls.any():
-            i = int(order[int(np.argmax(falls)) + 1])
-            raise FormatError(
-                f"{self.name}: buffer 'places' at position {at[i]} means column {column[i]} of row {row[i]}, which "
-                "does not lie behind the row's entry before it"
-            )
+        _check.ascending_entries(self.name, self._entries(buffers), rows, cols, "entry")
         filling = numpy_view(buffers["values"])[numpy_view(buffers["places"]) == 0]
         if (filling.view(np.uint8) != 0).any():
             raise FormatError(f"{self.name}: buffer 'values' holds a value where 'places' says filling")
