@@ -13,8 +13,7 @@ from torch import fx
 from sparsec.codegen import build, catalog, render
 from sparsec.codegen.kernel import KernelSpec, Problem
 from sparsec.errors import DeviceError, FormatError, LoadError, SpecError
-from sparsec.factors.chain import Factored
-from sparsec.factors.conv_chain import FactoredConv
+from sparsec.factors.stored import Stored, parse_stored
 from sparsec.formats import Format, parse
 from sparsec.install import Installed
 from sparsec.recipes import Constant
@@ -68,8 +67,7 @@ def decode_installed(
 def _format(data: Any, rows: int, cols: int) -> Format:
     try:
         written = text(data, "format", 1000)
-        own = next((cls for cls in (Factored, FactoredConv) if written.startswith(f"{cls.name}(")), None)
-        fmt: Format = own.parse(written) if own is not None else parse(written)
+        fmt: Format = parse_stored(written) or parse(written)
         if fmt.resolve(rows, cols) != fmt:
             raise LoadError(f"format {data!r:.100} has open fields")
     except (SpecError, ArithmeticError) as error:
@@ -102,7 +100,8 @@ def fit(source: str, fmt: Format, shape: tuple[int, ...], dtype: torch.dtype) ->
         variant = catalog.variant(spec.variant)
     except (SpecError, OverflowError, RecursionError) as error:
         raise LoadError(f"kernel: {error!s:.300}") from error
-    wanted = (fmt.text(), shape[0], math.prod(shape[1:]), str(dtype).removeprefix("torch."), variant.op)
+    features = fmt.features if isinstance(fmt, Stored) else (shape[0], math.prod(shape[1:]))
+    wanted = (fmt.text(), *features, str(dtype).removeprefix("torch."), variant.op)
     given = (spec.format, spec.out_features, spec.in_features, spec.dtype, spec.op)
     if spec.text() != source or given != wanted:
         raise LoadError(f"kernel {source[:120]!r} does not fit its weight: {wanted} expected")

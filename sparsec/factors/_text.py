@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Mapping
 
 from sparsec.errors import SpecError, nearest
 from sparsec.factors import factor_class, factor_names
@@ -18,22 +19,29 @@ _DEEPEST = 16
 
 def parse(text: str) -> Factor:
     """`parse("sum(terms=(low_rank(rank=64),sparse(sparsity=0.95,format=csr)))")`. Raises SpecError for other text."""
-    reader = _Reader(text)
+    value = read(text)
+    if not isinstance(value, Factor):
+        raise SpecError(f"not the text of a factor: {text[:120]!r}; known factors: {', '.join(factor_names())}")
+    if value.text() != text:
+        raise SpecError(f"not the canonical text of a factor: {text[:120]!r}; write {value.text()!r}")
+    return value
+
+
+def read(text: str, more: Mapping[str, type[Format]] | None = None) -> object:
+    """The value that a text describes, descriptors of `more` among its names. Raises SpecError for other text."""
+    reader = _Reader(text, more or {})
     value = reader.value()
     if reader.tokens:
         raise SpecError(f"not the text of a factor: {reader.shown!r}, {reader.tokens[0]!r} follows its end")
-    if not isinstance(value, Factor):
-        raise SpecError(f"not the text of a factor: {reader.shown!r}; known factors: {', '.join(factor_names())}")
-    if value.text() != text:
-        raise SpecError(f"not the canonical text of a factor: {reader.shown!r}; write {value.text()!r}")
     return value
 
 
 class _Reader:
     """Recursive descent: value := number | constant | name ["(" name "=" value {","...} ")"] | "(" values ")"."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, more: Mapping[str, type[Format]]) -> None:
         self.shown = text[:120]
+        self.more = more
         self.depth = 0
         self.tokens: list[str] = []
         if len(text) > _LONGEST:
@@ -97,6 +105,7 @@ class _Reader:
             self._take(")")
         kinds: list[type[Factor] | type[Format]] = [factor_class(name)] if name in factor_names() else []
         kinds += [FORMATS[name]] if name in FORMATS else []  # there is a sum of factors and a sum of formats
+        kinds += [self.more[name]] if name in self.more else []
         if not kinds:
             raise SpecError(f"unknown {name!r} in {self.shown!r}; {nearest(name, [*factor_names(), *FORMATS])}")
         for cls in kinds:

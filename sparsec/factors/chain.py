@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,39 +12,31 @@ from typing import Any, ClassVar
 import torch
 
 from sparsec.errors import FormatError, SpecError
-from sparsec.factors._base import Factor, Shape
+from sparsec.factors._base import Shape
 from sparsec.factors._contraction import Contraction, Operand
 from sparsec.factors._stages import Stage, Stages, stages_of
-from sparsec.formats import CSR, Buffers, Format
-
-_TEXT = re.compile(r"factored\(factor=(.+),out=([0-9]{1,10}),inp=([0-9]{1,10}),tiled=([01])\)")
+from sparsec.factors.stored import Stored, sums
+from sparsec.formats import CSR, Buffers
 
 
 @dataclass(frozen=True)
-class Factored(Format):
+class Factored(Stored):
     """A weight (out, inp) held as `factor`, which is resolved.
 
     With `tiled` the buffers are `values`, every dense operand in tiles one behind the other (see `Stage.pack`), and for
     each sparse operand its CSR as `values_0`, `indices_0`, `pointers_0`. Without, they are those of the factor, with
-    sparse operands in their own formats. Not a format of a Spec: `passes.factor` makes it for the factors in one.
+    sparse operands in their own formats.
     """
 
-    factor: Factor
     out: int
     inp: int
     tiled: int = 1
 
     name: ClassVar[str] = "factored"
-    exact: ClassVar[bool] = False
-
-    @property
-    def shape(self) -> Shape:
-        return self.out, self.inp
 
     @property
     def weight(self) -> Shape:
-        """The shape that the factor sees."""
-        return self.shape
+        return self.out, self.inp
 
     @property
     def buffers(self) -> tuple[str, ...]:  # type: ignore[override]  # depends on the factor
@@ -60,27 +51,10 @@ class Factored(Format):
         """The einsums whose sum is the product."""
         return self.factor.contract(self.shape)
 
-    def refuse(self, dense: torch.Tensor, mask: torch.Tensor | None = None) -> str | None:
-        if tuple(dense.shape) != self.shape:
-            return f"it has shape {tuple(dense.shape)}, {self.text()} is for {self.shape}"
-        try:
-            self.factor.accept(dense)
-        except FormatError as error:
-            return str(error)
-        return None
-
-    def pack(self, dense: torch.Tensor, mask: torch.Tensor | None = None) -> Buffers:
-        """Fit the factor to `dense`; a lossy step. Raises FormatError when the factor refuses."""
-        if mask is not None:
-            raise FormatError(f"{self.text()} has no pattern: leave the mask out")
-        if (reason := self.refuse(dense)) is not None:
-            raise FormatError(reason)
-        return self.store(self.factor.fit(dense).buffers)
-
     def store(self, fitted: Buffers) -> Buffers:
         """The buffers of a fit, as this format keeps them."""
         if not self.tiled:
-            return {key: fitted[key] for key in self.buffers}
+            return super().store(fitted)
         first = next(iter(fitted.values()))
         dense = [first.new_zeros(0)]
         sparse: Buffers = {}
@@ -136,17 +110,11 @@ class Factored(Format):
             clean = torch.where(torch.isfinite(x), x, torch.zeros((), dtype=x.dtype))
             size += _product(term, clean.double().abs(), [(t.double().abs(), kept) for t, kept in mine])
             worst = max(worst, sum(8 + 2 * n**0.5 for n in _lengths(term)))
-        return exact, size, int(((worst - 8) / 2) ** 2) + len(self.terms())
+        return exact, size, sums(worst, len(self.terms()))
 
-    def positions(self, buffers: Buffers, rows: int, cols: int) -> torch.Tensor:
-        return torch.ones(rows, cols, dtype=torch.bool)
-
-    def validate(self, buffers: Buffers, rows: int, cols: int) -> None:
-        self.check_names(buffers)
-        if (rows, cols) != self.shape:
-            raise FormatError(f"{self.text()} holds a weight of {self.shape}, not of {(rows, cols)}")
+    def check(self, buffers: Buffers) -> None:
         if not self.tiled:
-            self.factor.validate(buffers, self.shape)
+            super().check(buffers)
             return
         values = buffers["values"]
         packed = sum(s.packed for s in self.stages.stages if not s.sparse)
@@ -165,7 +133,7 @@ class Factored(Format):
 
     def nbytes(self, rows: int, cols: int, stored: int, itemsize: int) -> int:
         if not self.tiled:
-            return self.factor.nbytes(self.shape, itemsize)
+            return super().nbytes(rows, cols, stored, itemsize)
         total = 0
         for stage in self.stages.stages:
             if stage.sparse:
@@ -175,29 +143,12 @@ class Factored(Format):
                 total += stage.packed * itemsize
         return total
 
-    def stored(self, dense: torch.Tensor) -> int:
-        return self.factor.nbytes(self.shape, 1)
-
     def fields(self) -> dict[str, Any]:
         """The stages as integers, for templates; nothing for kernels that read the factor itself."""
         return _fields(self) if self.tiled else {}
 
-    def text(self) -> str:
-        return f"{self.name}(factor={self.factor.text()},out={self.out},inp={self.inp},tiled={self.tiled})"
-
-    @classmethod
-    def parse(cls, text: str) -> Factored:
-        """The inverse of `text`. Raises SpecError."""
-        from sparsec.factors import parse
-
-        found = _TEXT.fullmatch(text)
-        if found is None:
-            raise SpecError(f"not the text of a factored weight: {text[:120]!r}")
-        made = cls(parse(found[1]), int(found[2]), int(found[3]), int(found[4]))
-        refusal = made.factor.refuse(made.shape)
-        if refusal or made.factor.resolve(made.shape) != made.factor or made.text() != text:
-            raise SpecError(f"not the text of a factored weight: {text[:120]!r} {refusal or 'has open fields'}")
-        return made
+    def sizes(self) -> tuple[int, ...]:
+        return self.out, self.inp, self.tiled if self.tiled in (0, 1) else -1
 
 
 def _csr(operand: Operand) -> CSR:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from string import ascii_letters
 from typing import Any
 
 import torch
 
 from sparsec.errors import FormatError, InputError
 from sparsec.factors._base import Factor, Fit, Shape
-from sparsec.factors._contraction import BATCH, Contraction
 from sparsec.factors.conv_steps import CONVOLUTIONS, chain_of, run_chains, windowed
+from sparsec.factors.rows_chain import rows as rows
 from sparsec.formats import Buffers
 
 
@@ -93,23 +92,6 @@ def conv_flops(
     return total
 
 
-def rows(factor: Factor, index: torch.Tensor, buffers: Buffers, shape: Shape) -> torch.Tensor:
-    """Rows of the weight (rows, width): index (...) of int64 gives (..., width), without forming the table.
-
-    An operand with digits of the row number is gathered at them, which leaves an einsum over the batch of indices.
-    Raises InputError for indices out of range.
-    """
-    flat = index.reshape(-1)
-    if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < shape[0]:
-        raise InputError(f"indices run from {int(flat.min())} to {int(flat.max())}; valid: 0 to {shape[0] - 1}")
-    total: torch.Tensor | None = None
-    for c in factor.resolve(shape).contract(shape):
-        term = _gathered(c, flat, buffers)
-        total = term if total is None else total + term
-    width = prod(shape[1:])
-    return (flat.new_zeros(0) if total is None else total).reshape(*index.shape, width)
-
-
 def fit_batch(factor: Factor, dense: torch.Tensor, gram: torch.Tensor | None = None) -> Fit:
     """A factor for every matrix of `dense` (batch, out, in): buffers with a leading batch axis, one error for all.
 
@@ -157,37 +139,3 @@ def to_dense(
         factor.validate(own, shapes[name])
         found[name] = factor.reconstruct(own, shapes[name])
     return {k: found[k] for k in [*(k for k in state if k in found), *factors]}
-
-
-def _gathered(c: Contraction, index: torch.Tensor, buffers: Buffers) -> torch.Tensor:
-    """Rows `index` (n,) of one term, (n, width)."""
-    digits = dict(zip(c.outputs, torch.unravel_index(index, c.y), strict=True))
-    terms, tensors = [], []
-    for operand in c.operands:
-        tensor, letters = operand.dense(buffers), operand.letters
-        held = [a for a in letters if a in digits]
-        if held:
-            order = [letters.index(a) for a in held] + [at for at, a in enumerate(letters) if a not in held]
-            tensor = tensor.permute(order)[tuple(digits[a] for a in held)]
-            letters = BATCH + "".join(a for a in letters if a not in held)
-        terms.append(letters)
-        tensors.append(tensor)
-    if shared := [a for a in c.inputs if a in digits]:  # block-diagonal: only the row's own block is not zero
-        fresh = dict(zip(shared, (a for a in ascii_letters if a not in "".join(terms) + c.inputs), strict=False))
-        for a in shared:
-            hot = torch.nn.functional.one_hot(digits[a], c.sizes[a]).to(tensors[0].dtype)
-            terms.append(BATCH + fresh[a])
-            tensors.append(hot)
-        inputs = "".join(fresh.get(a, a) for a in c.inputs)
-    else:
-        inputs = c.inputs
-    letters, running = terms[0], tensors[0]
-    for at in range(1, len(terms)):
-        needed = set(BATCH + inputs).union(*terms[at + 1 :])
-        kept = "".join(a for a in dict.fromkeys(letters + terms[at]) if a in needed)
-        running = torch.einsum(f"{letters},{terms[at]}->{kept}", running, tensors[at])
-        letters = kept
-    if BATCH not in letters:
-        running = running.expand(len(index), *running.shape)
-        letters = BATCH + letters
-    return torch.einsum(f"{letters}->{BATCH}{inputs}", running).reshape(len(index), -1)
