@@ -21,7 +21,7 @@ import torch
 from sparsec.codegen import toolchain
 from sparsec.codegen.c import package_version
 from sparsec.codegen.cache import open_cache
-from sparsec.codegen.kernel import Kernel, KernelSpec
+from sparsec.codegen.kernel import Kernel
 from sparsec.codegen.render import TEMPLATES
 from sparsec.errors import SpecError, ToolchainError
 
@@ -41,7 +41,7 @@ def admit(kernel: Kernel) -> None:
     text = spec.text()
     if library is None or text in _admitted:
         return
-    sizes = _sizes(spec)
+    sizes = (spec.input_shape, spec.output_shape)  # as many of one as of the other
     encoded = text.encode()
     before, after = ((ctypes.c_int64 * len(side))(*side) for side in sizes)
     function = ctypes.c_void_p(kernel.call.__chandle__())
@@ -57,14 +57,6 @@ def text(number: int) -> str:
     if not found:
         raise SpecError(f"no kernel text has the number {number}")
     return ctypes.string_at(found, size.value).decode()
-
-
-def _sizes(spec: KernelSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The last sizes of an input and of an output, as many of one as of the other."""
-    if spec.conv is None:
-        return (spec.in_features,), (spec.out_features,)
-    channels = spec.in_features // spec.conv.taps * spec.conv.groups
-    return (channels, *spec.conv.size), (spec.out_features, *spec.conv.out)
 
 
 def _library() -> ctypes.CDLL | None:

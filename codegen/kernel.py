@@ -139,6 +139,18 @@ class KernelSpec:
         return "cuda" if self.isa.startswith("sm_") else "cpu"
 
     @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Sizes of x behind its batch dimensions: (features,), or (channels, *image) of a convolution."""
+        if self.conv is None:
+            return (self.in_features,)
+        return (self.in_features // self.conv.taps * self.conv.groups, *self.conv.size)
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Sizes of y behind its batch dimensions."""
+        return (self.out_features, *(() if self.conv is None else self.conv.out))
+
+    @property
     def symbol(self) -> str:
         """The C identifier of the kernel; derived from the text, never from a module name."""
         return "k_" + hashlib.sha256(self.text().encode()).hexdigest()[:16]

@@ -40,8 +40,7 @@ def _shapes(text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     spec = KernelSpec.parse(text)
     if spec.conv is None:
         raise SpecError(f"kernel {text[:120]!r} is no convolution: it has no geometry")
-    channels = spec.in_features // spec.conv.taps * spec.conv.groups
-    return (channels, *spec.conv.size), (spec.out_features, *spec.conv.out)
+    return spec.input_shape, spec.output_shape
 
 
 def _handle(text: str) -> _Handle:
