@@ -176,11 +176,12 @@ _TABLES = (  # modules with further VARIANTS, imported when first asked for
     "sparsec.codegen.chain_variants", "sparsec.codegen.digit_variants",
 )  # fmt: skip
 
-_KINDS = {"c": ("cpu",), "pair": ("cpu",), "cuda": ("cuda",), "tvm": ("tvm",)}  # other languages need no C compiler
+# other languages need no C compiler
+_KINDS = {"c": ("cpu",), "pair": ("cpu",), "batch": ("cpu",), "cuda": ("cuda",), "tvm": ("tvm",)}
 
 _BACKENDS = {  # name -> module with a BACKEND, imported when first needed
     "c": "sparsec.codegen.c", "cuda": "sparsec.codegen.cuda", "tvm": "sparsec.codegen.tvm",
-    "pair": "sparsec.codegen.pair", "torch": "sparsec.codegen.torch_chain",
+    "pair": "sparsec.codegen.pair", "torch": "sparsec.codegen.torch_chain", "batch": "sparsec.codegen.batched",
 }  # fmt: skip
 
 _LOCK = threading.Lock()

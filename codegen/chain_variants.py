@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparsec.codegen import torch_conv
+from sparsec.codegen import batched, torch_conv, torch_rows
 from sparsec.codegen.catalog import Tile, Variant
 from sparsec.codegen.kernel import Plan, Problem
 from sparsec.errors import SpecError
@@ -63,4 +63,17 @@ VARIANTS: tuple[Variant, ...] = (
     ),
     Variant("chain_torch", OP, FORMAT, language="torch", needs=torch_needs),  # bf16 would round between the products
     Variant("conv_chain_torch", "conv", "factored_conv", language="torch", needs=torch_conv.needs),
+    Variant(
+        "rows_torch", "embedding", "factored_rows", language="torch", dtypes=("float32", "bfloat16"), steps=(),
+        needs=torch_rows.needs,
+    ),
+    Variant(
+        "bmm_chain", "bmm", "factored_batch", "chain.c.jinja", language="batch", steps=(),
+        isas=("avx512", "avx2", "portable"), choose=panels, needs=batched.chain_needs,
+    ),
+    Variant(
+        "bmm_chain_bf16", "bmm", "factored_batch", "chain.c.jinja", language="batch", dtypes=("bfloat16",), steps=(),
+        isas=("avx512", "avx2", "portable"), choose=panels, needs=batched.chain_needs,
+    ),
+    Variant("bmm_torch", "bmm", "factored_batch", language="torch", steps=(), needs=batched.needs),
 )  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from sparsec import verify
-from sparsec.codegen import torch_conv
+from sparsec.codegen import batched, torch_conv, torch_rows
 from sparsec.codegen.backend import Backend
 from sparsec.codegen.kernel import DTYPES, Kernel, KernelSpec, Source
 from sparsec.errors import SpecError
@@ -21,14 +21,22 @@ Run = Callable[[torch.Tensor, Buffers, "torch.Tensor | None", torch.Tensor], Non
 """(x (batch, in), the factor's buffers, bias, y (batch, out)): fills y with the product and the bias."""
 
 
+_OTHERS: dict[str, tuple[Callable[[KernelSpec], str], Callable[[KernelSpec], Callable[..., None]]]] = {
+    "conv": (torch_conv.text, torch_conv.call_of),
+    "embedding": (torch_rows.text, torch_rows.call_of),
+    "bmm": (batched.text, batched.call_of),
+}
+"""Ops besides chains of linears: how their listings and their calls are made."""
+
+
 class TorchChainBackend(Backend):
     """Nothing is compiled: the text says which calls are made, and the kernel makes them."""
 
     name = "torch"
 
     def render(self, spec: KernelSpec) -> Source:
-        if spec.op == "conv":
-            return Source(spec, self.name, torch_conv.text(spec))
+        if spec.op in _OTHERS:
+            return Source(spec, self.name, _OTHERS[spec.op][0](spec))
         fmt = _format(spec)
         lines = [
             f"# {spec.variant}: y[batch, {fmt.out}] = epilogue(x[batch, {fmt.inp}] W^T{' + bias' * spec.bias})",
@@ -52,7 +60,7 @@ class TorchChainBackend(Backend):
 
     def load(self, path: Path, source: Source) -> Kernel:
         spec = source.spec
-        call = torch_conv.call_of(spec) if spec.op == "conv" else _call(spec, _format(spec))
+        call = _OTHERS[spec.op][1](spec) if spec.op in _OTHERS else _call(spec, _format(spec))
         return Kernel(spec, call, source.text, ())
 
 

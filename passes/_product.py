@@ -17,6 +17,7 @@ from sparsec.codegen.kernel import Conv, Problem, Step
 from sparsec.errors import PassError, SpecError
 from sparsec.graph import Fact
 from sparsec.ops import conv as conv_op
+from sparsec.ops import embedding as embedding_op
 from sparsec.ops import linear as linear_op
 
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
@@ -29,6 +30,8 @@ def op_of(fact: Fact) -> str:
 
 def overload(op: str, buckets: bool = False) -> Any:
     """The library op that runs kernels of an op of the catalogue; `buckets`: with a dense weight beside it."""
+    if op == "embedding":
+        return embedding_op.OVERLOAD
     found = conv_op if op == "conv" else linear_op
     return found.BUCKETS if buckets else found.OVERLOAD
 
@@ -52,11 +55,17 @@ class Source:
         return x.contiguous() if any(self.low + self.high) else x
 
 
-def source(node: fx.Node) -> Source:
-    """What a site's kernel reads: `conv(pad(x, (0, 1, 0, 1)), W) --> conv(x, W)` with that padding in its geometry."""
-    read = node.args[0]
+def operand(node: fx.Node) -> fx.Node:
+    """What a site's weight multiplies, or the indices of an embedding."""
+    read = node.args[1 if opname(node) == "aten::embedding" else 0]
     if not isinstance(read, fx.Node):
         raise PassError(f"node {node.name!r} multiplies {read!r}, which is no node")
+    return read
+
+
+def source(node: fx.Node) -> Source:
+    """What a site's kernel reads: `conv(pad(x, (0, 1, 0, 1)), W) --> conv(x, W)` with that padding in its geometry."""
+    read = operand(node)
     if not opname(node).startswith("aten::conv") or opname(read) not in ("aten::constant_pad_nd", "aten::pad"):
         return Source(read)
     bound = arguments(read)
@@ -129,6 +138,10 @@ class Sample:
 
 def flatten(problem: Problem, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, Any]:
     """Activations and residual with one batch dimension in front: rows, or images."""
+    if problem.op == "embedding":
+        return x.reshape(-1), None
+    if problem.op == "bmm":
+        return x, None
     if problem.conv is None:
         x = x.reshape(-1, x.shape[-1])
         return x, residual.reshape(x.shape[0], -1) if residual is not None else None
@@ -138,11 +151,22 @@ def flatten(problem: Problem, x: torch.Tensor, residual: torch.Tensor | None) ->
     return x, residual
 
 
+def take(problem: Problem, x: torch.Tensor, batch: int) -> torch.Tensor:
+    """x cyclically made `batch` rows long: real activations at a size that the example inputs do not have."""
+    dim = 1 if problem.op == "bmm" else 0
+    count = batch // x.shape[0] if problem.op == "bmm" else batch
+    return x if x.shape[dim] == count else x.index_select(dim, torch.arange(count) % x.shape[dim])
+
+
 def dense(
     problem: Problem, weight: torch.Tensor, bias: torch.Tensor | None, steps: tuple[Step, ...]
 ) -> Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]:
     """The dense site as torch runs it, of (x, residual); `weight` in the shape that torch wants."""
     conv = problem.conv
+    if problem.op == "embedding":
+        return lambda x, residual: F.embedding(x, weight)
+    if problem.op == "bmm":
+        return lambda x, residual: torch.bmm(x, weight)
     if conv is None:
         return lambda x, residual: verify.apply_steps(steps, F.linear(x, weight, bias), residual)
     return lambda x, residual: verify.apply_steps(steps, conv_op.dense(x, weight, bias, conv), residual)
@@ -194,6 +218,8 @@ def _pixels(count: int) -> torch.Tensor:
 
 def windows(problem: Problem, x: torch.Tensor) -> torch.Tensor:
     """What a weight multiplies: rows of x, or of images the inputs under some thousand evenly spread output pixels."""
+    if problem.op == "bmm":
+        return x
     if problem.conv is None:
         return x.reshape(-1, x.shape[-1])
     x, _ = flatten(problem, x, None)

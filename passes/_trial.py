@@ -23,10 +23,9 @@ from sparsec.graph import get_constant
 from sparsec.passes import _prepacked, _product
 from sparsec.passes._prepacked import Prepacked
 from sparsec.passes._propose import Candidate, Proposal, dense_row
+from sparsec.passes._shortlist import expected_us
 from sparsec.report import Row
 
-FEW = 4  # candidates that are timed whatever the cost model says of them
-NEAR = 3.0  # and of more, those that it expects within this many times of its first choice
 CLOSE = 1.3
 
 
@@ -74,7 +73,6 @@ class Trial:
             return None, refusal
         x, residual = _product.flatten(proposal.problem, x, residual)
         begin = perf_counter()
-        built = self._promising(proposal, built, batches)
         times = self._times(proposal, built, packed, x, residual, batches)
         self.seconds.tune += perf_counter() - begin
         if self.ctx.options.tune == "measure" and times is not None and len(built) > 1:
@@ -85,28 +83,11 @@ class Trial:
         outcome = (None, refusal) if refusal else self._best(proposal, built, times, x, residual, batches)
         return self._or_prepacked(proposal, packed, times[0], extra, outcome, x, residual)
 
-    def _expected(self, proposal: Proposal, candidate: Candidate, batches: Sequence[int]) -> float:
-        """Microseconds of a candidate over all batches by the cost model."""
-        target = self.ctx.target
-        return sum(
-            cost.sparse_us(proposal.problem, candidate.format, candidate.spec, b, target, rates(target))
-            for b in batches
-        )
-
-    def _promising(self, proposal: Proposal, built: list[Candidate], batches: Sequence[int]) -> list[Candidate]:
-        """The candidates worth timing, in their order: those that the cost model puts near its first, and three."""
-        if self.ctx.options.tune != "measure" or len(built) <= FEW:
-            return built
-        expected = {id(c): self._expected(proposal, c, batches) for c in built}
-        ranked = sorted(expected.values())
-        limit = max(NEAR * ranked[0], ranked[FEW - 1])
-        return [c for c in built if expected[id(c)] <= limit]
-
     def _remember(
         self, proposal: Proposal, built: list[Candidate], times: list[list[float]], batches: Sequence[int]
     ) -> None:
         """How the cost model's first choice fared against the clock's."""
-        expected = [self._expected(proposal, c, batches) for c in built]
+        expected = [expected_us(proposal, c, batches, self.ctx) for c in built]
         measured = [sum(t) for t in times[1 : len(built) + 1]]
         pick = measured[expected.index(min(expected))]
         self.model.append((min(expected), min(measured), pick / min(measured)))
@@ -258,14 +239,15 @@ class Trial:
     ) -> tuple[float, ...]:  # fmt: skip
         if self.ctx.options.tune == "model":
             dense = cost.dense_us(proposal.problem, batch, self.ctx.target, rates(self.ctx.target))
-            return dense, *(self._expected(proposal, c, (batch,)) for c in built)
+            return dense, *(expected_us(proposal, c, (batch,), self.ctx) for c in built)
         texts = [c.spec.text() for c in built] + ([packed.kernel.text()] if packed else [])
         key = tune.decision_key(proposal.problem, batch, texts, self._machine)
         timing = tune.recall(key, len(texts) + 1)
         if timing is None:
-            xb, rb = _rows(x, batch), _rows(residual, batch) if residual is not None else None
+            xb = _product.take(proposal.problem, x, batch)
+            rb = _product.take(proposal.problem, residual, batch) if residual is not None else None
             weight, bias = self._operands(proposal)
-            shaped = weight.reshape(proposal.fact.shape) if proposal.problem.conv is not None else weight
+            shaped = weight if proposal.fact.op == "linear" else weight.reshape(proposal.fact.shape)
             plain = _product.dense(proposal.problem, shaped, bias, proposal.fact.epilogue)
             contenders: list[Callable[[], object]] = [
                 lambda: plain(xb, rb),
@@ -350,13 +332,6 @@ def _memory(proposal: Proposal, device: torch.device, what: str) -> Iterator[Non
             f"site {proposal.fact.site!r}: no memory on {device} to {what}; free some, leave the site dense in the "
             f"spec, or compile on the CPU ({error})"
         ) from error
-
-
-def _rows(x: torch.Tensor, batch: int) -> torch.Tensor:
-    """`batch` rows of x, cyclically: real activations at a size that the example inputs do not have."""
-    if x.shape[0] == batch:
-        return x
-    return x[torch.arange(batch) % x.shape[0]]
 
 
 def _ranges(batches: Sequence[int], won: Sequence[bool]) -> tuple[tuple[int, int], ...]:

@@ -20,7 +20,7 @@ from sparsec.report import Row
 from sparsec.spec import Spec
 from sparsec.structure import measure
 
-_OPS = ("linear", "conv1d", "conv2d", "conv3d", "embedding")  # every other weight op is a "matmul"
+_OPS = ("linear", "conv1d", "conv2d", "conv3d", "embedding")  # every other weight op is a "matmul" or a "bmm"
 _WHOLE = (
     *("gru", "lstm", "rnn_tanh", "rnn_relu", "bilinear", "embedding_bag"),
     *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution"),
@@ -175,7 +175,7 @@ def _fact(
     measured: dict[Any, tuple[int, tuple[Structure, ...]]],
 ) -> Fact:
     bound = arguments(node)
-    op = _short(node) if _short(node) in _OPS else "matmul"
+    op = _op(gm, node, weight)
     kind = WEIGHT_OPS[opname(node)]
     bias = bound.get(kind.bias) if kind.bias else None
     constant_bias = isinstance(bias, fx.Node) and bias.op == "get_attr"
@@ -196,6 +196,19 @@ def _fact(
         site=site, op=op, module=base.module, weight=str(weight.target), bias=base.bias, shape=tuple(tensor.shape),
         dtype=str(tensor.dtype).removeprefix("torch."), nnz=nnz, structures=structures, refusal=refusal,
     )  # fmt: skip
+
+
+def _op(gm: fx.GraphModule, node: fx.Node, weight: fx.Node | None) -> str:
+    """linear, a convolution, embedding; "bmm" for x[b] W[b] with a constant (batch, in, out), "matmul" for others."""
+    short = _short(node)
+    if short in _OPS:
+        return short
+    x = node.args[0] if short in ("bmm", "matmul") and len(node.args) == 2 and node.args[1] is weight else None
+    value = x.meta.get("val") if isinstance(x, fx.Node) else None
+    if weight is None or not isinstance(value, torch.Tensor) or value.dim() != 3:
+        return "matmul"
+    shape = tuple(get_constant(gm, str(weight.target)).shape)
+    return "bmm" if len(shape) == 3 and value.shape[0] == shape[0] else "matmul"
 
 
 def _computed(base: Fact, source: Any) -> Fact:

@@ -71,10 +71,10 @@ def _register(gm: fx.GraphModule, weight: str, choice: Choice) -> tuple[str, ...
 
 def _replace(gm: fx.GraphModule, node: fx.Node, names: tuple[str, ...], choice: Choice) -> None:
     """Insert the op behind the last absorbed node, move all uses to it, erase what it replaces."""
-    node_input = node.args[0]
+    node_input = _product.operand(node)
     absorbed, residual = epilogue_nodes(gm, node)
     bound = arguments(node)
-    weight, bias = bound["weight"], bound["bias"]
+    weight, bias = bound.get("weight"), bound.get("bias")
     with gm.graph.inserting_before(absorbed[-1] if absorbed else node):
         buffers = [gm.graph.get_attr(name) for name in names]
         for getter, tensor in zip(buffers, choice.buffers.values(), strict=True):

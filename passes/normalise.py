@@ -38,7 +38,7 @@ class Normalise(Pass):
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         changes = _one_reader(gm) + _drop_noops(gm)
         if not ctx.options.training:
-            changes += _spell_out(gm) + _products(gm) + _unflatten(gm)
+            changes += _spell_out(gm) + _products(gm) + _batched(gm) + _unflatten(gm)
         changes += _positional(gm) + _dead_code(gm)  # before folding: what nobody uses must not keep a constant alive
         return changes if ctx.options.training else changes + fold_constants(gm)
 
@@ -283,6 +283,59 @@ def _einsum(node: fx.Node, gm: fx.GraphModule, known: Known) -> Parts | None:
     if not a.endswith(inner) or outer in a or out != a[:-1] + outer:
         return None
     return x, weight, inner == w[0], None
+
+
+def _batched(gm: fx.GraphModule) -> int:
+    """`einsum("nbi,bio->nbo", x, W)` --> `permute(bmm(permute(x), W))`, which is how torch computes it."""
+    known = constant_nodes(gm)
+    count = 0
+    for node in list(gm.graph.nodes):
+        form = _batch_form(node, known) if opname(node) == "aten::einsum" and node not in known else None
+        if form is None:
+            continue
+        x, weight, (first, second, back) = form
+        with gm.graph.inserting_before(node):
+            left, right = (t if o == [0, 1, 2] else _permuted(gm, t, o) for t, o in ((x, first), (weight, second)))
+            new = gm.graph.call_function(aten.bmm.default, (left, right))
+            values = [get_constant(gm, str(t.target)) if t.op == "get_attr" else t.meta.get("val") for t in (x, weight)]
+            new.meta = {k: value for k, value in node.meta.items() if k != "val"}
+            if all(isinstance(t, torch.Tensor) for t in values):
+                new.meta["val"] = node.meta["val"].permute([back.index(d) for d in range(3)])
+            last = new if back == [0, 1, 2] else _permuted(gm, new, back)
+        if last is not new:
+            last.meta = dict(node.meta)
+        node.replace_all_uses_with(last)
+        gm.graph.erase_node(node)
+        count += 1
+    return count
+
+
+def _permuted(gm: fx.GraphModule, source: fx.Node, order: list[int]) -> fx.Node:
+    made = gm.graph.call_function(aten.permute.default, (source, order))
+    if isinstance(source.meta.get("val"), torch.Tensor):
+        made.meta["val"] = source.meta["val"].permute(order)
+    return made
+
+
+def _batch_form(node: fx.Node, known: Known) -> tuple[fx.Node, fx.Node, tuple[list[int], list[int], list[int]]] | None:
+    """x, weight, and the orders that make them and the result (batch, rows, in), (batch, in, out), and the einsum's."""
+    bound = arguments(node)
+    left, arrow, out = bound["equation"].replace(" ", "").partition("->")
+    labels, tensors = left.split(","), list(bound["tensors"])
+    if not arrow or len(tensors) != 2 or sum(t in known for t in tensors) != 1 or "val" not in node.meta:
+        return None
+    if tensors[0] in known:
+        labels, tensors = labels[::-1], tensors[::-1]
+    a, w = labels
+    if any(len(t) != 3 or len(set(t)) != 3 or "." in t for t in (a, w, out)):
+        return None
+    place = [(c in a, c in w, c in out) for c in dict.fromkeys(a + w + out)]
+    kinds = [(True, True, True), (True, False, True), (True, True, False), (False, True, True)]
+    if sorted(place) != sorted(kinds):
+        return None
+    batch, rows, inner, outer = (next(c for c, p in zip(dict.fromkeys(a + w + out), place) if p == k) for k in kinds)
+    order = [a.index(c) for c in (batch, rows, inner)], [w.index(c) for c in (batch, inner, outer)]
+    return tensors[0], tensors[1], (*order, [(batch, rows, outer).index(c) for c in out])
 
 
 _FORMS: dict[str, Callable[[fx.Node, fx.GraphModule, Known], Parts | None]] = {

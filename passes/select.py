@@ -21,13 +21,13 @@ from sparsec.graph import Fact, get_constant, sites, update
 from sparsec.passes import _product
 from sparsec.passes._prepacked import Prepacked
 from sparsec.passes._propose import Proposal, dense_row, propose
+from sparsec.passes._shortlist import batches, expected_batches, leading, shortlist
 from sparsec.passes._trial import Choice, Trial
 from sparsec.report import Row
 
 UNKNOWN_BATCHES = (1, 16, 256)
 """What linear sites are tuned at when there are no example inputs."""
 
-LARGEST_BATCH = 1024  # dynamic sizes are timed up to here; the last bucket stands for all above it
 
 
 class Select(Pass):
@@ -80,9 +80,9 @@ class Select(Pass):
         """Every candidate's kernel, or its error; where none could be built, sites with candidates are done with."""
         from sparsec.progress import Progress
 
-        if ctx.options.tune == "off":
-            for proposal in proposals.values():
-                del proposal.candidates[1:]
+        for proposal in proposals.values():
+            sizes = expected_batches(proposal) if ctx.has_examples else UNKNOWN_BATCHES
+            proposal.candidates = shortlist(proposal, sizes, ctx)
         specs = list(dict.fromkeys(c.spec for p in proposals.values() for c in p.candidates))
         begin = perf_counter()
         errors: dict[KernelSpec, SparsecError] = {}
@@ -135,43 +135,9 @@ class _Runner(fx.Interpreter):
         proposal = self.proposals.get(n)
         if proposal is not None:
             source = _product.source(n)
-            x = source.crop(self.env[n.args[0]])  # type: ignore[index]
+            x = source.crop(self.env[_product.operand(n)])
             residual = next((v for k, v in self.env.items() if k.name == proposal.fact.residual), None)
-            leading = _leading(proposal, x.dim())
-            batches = _batches(source.node, math.prod(x.shape[:leading]), leading)
-            self.outcomes.append((proposal, *self.trial.decide(proposal, x, residual, batches)))
+            dims = leading(proposal.problem, x.dim())
+            rows = batches(source.node.meta.get("val"), math.prod(x.shape[:dims]), dims)
+            self.outcomes.append((proposal, *self.trial.decide(proposal, x, residual, rows)))
         return super().run_node(n)
-
-
-def _leading(proposal: Proposal, rank: int) -> int:
-    """How many dimensions of the input count rows, or images."""
-    conv = proposal.problem.conv
-    return rank - 1 if conv is None else rank - 1 - len(conv.size)
-
-
-def _batches(source: fx.Node, seen: int, leading: int) -> tuple[int, ...]:
-    """The rows to time: what was seen, or for dynamic sizes the ends of the range and the powers of four between."""
-    value = source.meta.get("val")
-    rows: Any = 1
-    for size in getattr(value, "shape", ())[:leading]:
-        rows = rows * size
-    if not isinstance(rows, torch.SymInt):
-        return (max(1, seen),)
-    node = rows.node
-    ranges = [node.shape_env.var_to_range[s] for s in sorted(node.expr.free_symbols, key=str)]
-    low = _clip(min(_bound(r.lower) for r in ranges))
-    high = _clip(max(_bound(r.upper) for r in ranges))
-    sizes = {low, high, *(4**k for k in range(6) if low < 4**k < high)}
-    found = {int(node.expr.subs(dict.fromkeys(node.expr.free_symbols, size))) for size in sorted(sizes)}
-    return tuple(sorted({min(max(1, n), LARGEST_BATCH) for n in found} | {max(1, seen)}))
-
-
-def _bound(bound: Any) -> int:
-    try:
-        return int(bound)
-    except (TypeError, ValueError, OverflowError, AttributeError):  # int_oo and sympy's infinities are no numbers
-        return LARGEST_BATCH
-
-
-def _clip(size: int) -> int:
-    return min(max(1, size), LARGEST_BATCH)

@@ -48,7 +48,7 @@ class Fact:
     """
 
     site: str  # qualified module name, `<root>`, `path#2` for a second use
-    op: str  # linear | conv1d | conv2d | conv3d | embedding | matmul
+    op: str  # linear | conv1d | conv2d | conv3d | embedding | bmm | matmul
     module: str  # type name of the owning module, "" for a functional call
     weight: str  # root attribute
     bias: str | None

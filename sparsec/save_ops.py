@@ -87,7 +87,7 @@ METHODS = (
 
 _TORCH: dict[str, Any] = {"torch": torch, "functional": F}
 _SYMBOLIC = ("sym_max", "sym_min", "sym_float", "sym_int", "sym_ite", "sym_not", "sym_sum")
-SPARSEC = ("conv", "conv_buckets", "linear", "linear_buckets", "linear_prepacked", "max_pool")
+SPARSEC = ("conv", "conv_buckets", "embedding", "linear", "linear_buckets", "linear_prepacked", "max_pool")
 """Ops of our own. Those that follow packed indices are tied to a validated weight by the loader."""
 
 

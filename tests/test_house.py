@@ -59,6 +59,8 @@ MAY_ALSO: dict[str, tuple[set[str], str]] = {
     "sparsifiers.pruning": ({"codes"}, "writes report rows"),
     "codegen.torch_conv": ({"factors", "verify"}, "runs a factor's convolutions, and applies the epilogue"),
     "codegen.torch_chain": ({"factors", "verify"}, "multiplies by a factor's operands, and applies the epilogue"),
+    "codegen.torch_rows": ({"factors"}, "looks rows up in a factor's operands"),
+    "codegen.batched": ({"factors"}, "multiplies by a batch of factors' operands"),
     "passes.pool": ({"codegen", "ops"}, "times its kernel against torch's"),
     "passes.factor": ({"codegen"}, "asks the catalogue for chains"),
     "codegen.render": ({"templates"}, "finds the template files"),

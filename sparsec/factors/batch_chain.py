@@ -29,7 +29,8 @@ class FactoredBatch(Stored):
     @property
     def each(self) -> Factored:
         """The storage of one matrix."""
-        return Factored(self.factor, *self.seen, self.tiled)
+        out, width = self.seen
+        return Factored(self.factor, out, width, self.tiled)
 
     @property
     def seen(self) -> Shape:
@@ -77,12 +78,12 @@ class FactoredBatch(Stored):
     def check(self, buffers: Buffers) -> None:
         for key, tensor in buffers.items():
             if tensor.shape[:1] != self.weight[:1]:
-                raise FormatError(f"{self.name}: buffer {key!r} is not one tensor for each of {self.weight[0]} matrices")
+                raise FormatError(f"{self.name}: buffer {key!r} has not {self.weight[0]} matrices")
         for at in range(self.weight[0]):
             self.each.check(self.matrix(buffers, at))
 
     def nbytes(self, rows: int, cols: int, stored: int, itemsize: int) -> int:
-        return self.weight[0] * self.each.nbytes(*self.seen, stored, itemsize)
+        return self.weight[0] * self.each.nbytes(self.weight[2], self.weight[1], stored, itemsize)
 
     def fields(self) -> dict[str, Any]:
         return self.each.fields()

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from sparsec.errors import FormatError, SpecError
+from sparsec.errors import FormatError
 from sparsec.factors._base import Shape
 from sparsec.factors._contraction import Contraction, Operand
 from sparsec.factors._stages import Stage, Stages, stages_of

@@ -75,8 +75,8 @@ class Lookup:
     @property
     def _sizes(self) -> dict[str, int]:
         found = {c: n for o in self.operands for c, n in zip(o.letters, o.shape, strict=True)}
-        left = "".join(right for _, right, _ in self.equations)
-        return found | {c: size for c, (_, size) in zip((c for c in left if c not in found and c != BATCH), self.deltas)}
+        new = [c for _, right, _ in self.equations for c in right if c not in found and c != BATCH]
+        return found | {c: size for c, (_, size) in zip(new, self.deltas, strict=True)}
 
 
 @lru_cache(maxsize=1024)

@@ -104,7 +104,8 @@ class Stored(Format):
         return self.factor.nbytes(self.seen, itemsize)
 
     def stored(self, dense: torch.Tensor) -> int:
-        return self.nbytes(*self.shape, 0, 1)
+        rows, cols = self.shape
+        return self.nbytes(rows, cols, 0, 1)
 
     def fields(self) -> dict[str, Any]:
         """Nothing: kernels that are no templates read the factor itself."""
