@@ -73,6 +73,7 @@ MAY_ALSO: dict[str, tuple[set[str], str]] = {
     "passes._prepacked": ({"ops"}, "times and installs the op of dense sites"),
     "ops.conv": ({"verify"}, "a bucket that keeps its dense weight applies the same epilogue"),
     "passes._product": ({"ops"}, "knows the op of every kind of site"),
+    "passes._shortlist": ({"codegen"}, "asks the catalogue what language a kernel is in"),
     "passes._trial": ({"codegen", "ops"}, "runs candidates through the op that will be installed"),
     "passes.lower": ({"ops"}, "puts the ops into the graph"),
 }
