@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparsec.errors import InputError, SpecError
 from sparsec.formats import NM
@@ -205,6 +206,32 @@ def test_refit_is_least_squares() -> None:
         expected = torch.linalg.lstsq(own, x @ weight[row]).solution
         torch.testing.assert_close(found[row, kept[row]], expected, rtol=1e-6, atol=1e-8)
         assert bool((found[row, ~kept[row]] == 0).all())
+
+
+def test_refit_settles_in_a_few_steps_where_inputs_share_directions() -> None:
+    """A strong mean and a falling spectrum, as activations have: with the diagonal alone, as many steps leave more."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(128, 128, generator=generator, dtype=torch.float64)).Q
+    x = torch.randn(400, 128, generator=generator, dtype=torch.float64) * torch.logspace(0, -2, 128) @ basis + 0.5
+    weight, hessian = torch.randn(96, 128, generator=generator, dtype=torch.float64), x.T @ x / 400
+    kept = torch.rand(96, 128, generator=generator) > 0.5
+    start, lost = weight * kept, lambda v: float((((v - weight) @ hessian) * (v - weight)).sum())
+    plain, residual = start.clone(), ((weight - start) @ hessian) * kept
+    direction = residual / hessian.diagonal()
+    for _ in range(10):
+        rho = (residual * residual / hessian.diagonal()).sum(1, keepdim=True)
+        image = (direction @ hessian) * kept
+        alpha = rho / (direction * image).sum(1, keepdim=True)
+        plain, residual = plain + alpha * direction, residual - alpha * image
+        z = residual / hessian.diagonal()
+        direction = z + direction * (residual * z).sum(1, keepdim=True) / rho
+    with FlopCounterMode(display=False) as flops:
+        found = refit(weight, start, kept, hessian)
+    assert flops.get_total_flops() < 15 * 2 * 96 * 128 * 128  # in products with H
+    best = lost(refit(weight, start, kept, hessian, steps=300, tolerance=1e-12))
+    assert best < lost(found) < 1.1 * best and lost(plain) - best > 3 * (lost(found) - best)
+    errors = [lost(refit(weight, start, kept, hessian, steps=s, tolerance=0.0)) for s in range(1, 6)]
+    assert errors == sorted(errors, reverse=True)
 
 
 def test_bias_correction_restores_the_mean(layer: nn.Linear) -> None:

@@ -11,7 +11,7 @@ from sparsec.formats import Format
 from sparsec.sparsifiers.allocators import Allocator
 from sparsec.sparsifiers.basic import Wanda
 from sparsec.sparsifiers.granularity import Element, Granularity, GroupsOf
-from sparsec.sparsifiers.least_squares import refit
+from sparsec.sparsifiers.least_squares import SETTLED, STEPS, refit
 from sparsec.sparsifiers.parts import Apply, Problem, Solution, Sparsifier
 from sparsec.sparsifiers.scores import Score
 from sparsec.sparsifiers.selectors import Selector
@@ -67,12 +67,12 @@ class Refinement(Sparsifier):
 class Refit(Refinement):
     """Give the survivors of each row the values that minimise ||(w - w') X||^2 for the mask that `inner` chose.
 
-    Conjugate gradients with a diagonal preconditioner, from the inner solution on, all rows at once; every step lowers
-    the error. Stops after `steps`, or when the residual has shrunk by `tolerance`. `damp` is as in SparseGPT.
+    Preconditioned conjugate gradients from the inner solution on, all rows at once; every step lowers the error. Stops
+    after `steps`, or when a step lowers the layer's error by a share below `tolerance`. `damp` is as in SparseGPT.
     """
 
-    steps: int = 20
-    tolerance: float = 1e-3
+    steps: int = STEPS
+    tolerance: float = SETTLED
     damp: float = 1e-2
 
     @property
