@@ -63,7 +63,7 @@ def spectral(
 
     H with `diagonal` on its diagonal, scaled to ones there, is close to D + V diag(e) V^T with its largest eigenpairs:
     activations share a few strong directions. All rows share V; by the identity of Woodbury a row's mask enters through
-    a small matrix alone, diag(1 / e) + V^T M D^-1 V. About 1.25 sqrt(features) pairs cost as much as one product with H.
+    a small matrix alone, diag(1 / e) + V^T M D^-1 V. About 1.25 sqrt(features) pairs cost like one product with H.
     """
     scale = diagonal.rsqrt()
     rank = min(len(hessian) // 4, round(1.25 * len(hessian) ** 0.5))
