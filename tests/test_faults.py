@@ -22,9 +22,11 @@ import sparsec
 from sparsec.codegen import build as builds
 from sparsec.codegen import catalog, toolchain
 from sparsec.codegen.kernel import KernelSpec
+from sparsec.formats import FORMATS
 from sparsec.target import Target
 
 TARGET = Target.probe()
+QUICK = FORMATS["window"]()  # its kernel is the one that compiles fastest
 
 
 def _model(width: int) -> tuple[nn.Module, torch.Tensor]:
@@ -37,7 +39,7 @@ def _model(width: int) -> tuple[nn.Module, torch.Tensor]:
 def _compile(width: int) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     """A compiled layer of a width that no other test uses, its input and what it should give."""
     layer, x = _model(width)
-    cm = sparsec.compile(layer, sparsec.CSR(), (x,), tune="off", min_speedup=0, capture="trace")
+    cm = sparsec.compile(layer, QUICK, (x,), target="cpu:portable", tune="off", min_speedup=0, capture="trace")
     with torch.no_grad():
         return cm, cm(x), layer(x)
 
@@ -143,6 +145,7 @@ import os, resource, signal, sys
 import torch
 from torch import nn
 import sparsec
+from sparsec.formats import FORMATS
 torch.manual_seed(0)
 layer = nn.Linear(37, 37).eval()
 with torch.no_grad():
@@ -150,7 +153,9 @@ with torch.no_grad():
 x = torch.randn(3, 37)
 torch.set_num_threads(1)
 {before}
-cm = sparsec.compile(layer, sparsec.CSR(), (x,), tune="off", min_speedup=0, capture="trace")
+cm = sparsec.compile(
+    layer, FORMATS["window"](), (x,), target="cpu:portable", tune="off", min_speedup=0, capture="trace"
+)
 with torch.no_grad():
     assert torch.allclose(cm(x), layer(x), atol=1e-5)
 {after}
