@@ -56,10 +56,12 @@ try:
         GroupInt4,
         Pairs,
         Permuted,
+        Picks,
         Quantized,
         SpQR,
         TiledCSL,
         TwoFour,
+        Window,
     )
     from sparsec.passes import DEFAULT
     from sparsec.report import Report
@@ -160,6 +162,7 @@ __all__ = [
     "Pass",
     "PassError",
     "Permuted",
+    "Picks",
     "Product",
     "Quantized",
     "Report",
@@ -180,6 +183,7 @@ __all__ = [
     "TwoFour",
     "Variant",
     "VerifyError",
+    "Window",
     "analyze",
     "choose_ranks",
     "co_permute",

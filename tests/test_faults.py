@@ -22,11 +22,10 @@ import sparsec
 from sparsec.codegen import build as builds
 from sparsec.codegen import catalog, toolchain
 from sparsec.codegen.kernel import KernelSpec
-from sparsec.formats import FORMATS
 from sparsec.target import Target
 
 TARGET = Target.probe()
-QUICK = FORMATS["window"]()  # its kernel is the one that compiles fastest
+QUICK = sparsec.Window()  # its kernel is the one that compiles fastest
 
 
 def _model(width: int) -> tuple[nn.Module, torch.Tensor]:
@@ -145,7 +144,6 @@ import os, resource, signal, sys
 import torch
 from torch import nn
 import sparsec
-from sparsec.formats import FORMATS
 torch.manual_seed(0)
 layer = nn.Linear(37, 37).eval()
 with torch.no_grad():
@@ -154,7 +152,7 @@ x = torch.randn(3, 37)
 torch.set_num_threads(1)
 {before}
 cm = sparsec.compile(
-    layer, FORMATS["window"](), (x,), target="cpu:portable", tune="off", min_speedup=0, capture="trace"
+    layer, sparsec.Window(), (x,), target="cpu:portable", tune="off", min_speedup=0, capture="trace"
 )
 with torch.no_grad():
     assert torch.allclose(cm(x), layer(x), atol=1e-5)
