@@ -28,7 +28,7 @@ def usable(target: Target) -> tuple[Target, str]:
         from sparsec.codegen import tvm_compat
 
         tvm_compat.version()
-        return (target.limit(tvm_compat.isa_of(target.detail)) if target.detail else target), tvm_compat.tuning()
+        return (target.limit(tvm_compat.isa_of(target.detail)) if target.detail else target), ""
     if target.kind != "cpu":
         return target, ""
     try:

@@ -43,12 +43,14 @@ class TvmBackend(Backend):
         """The scheduled script. Scripts are kept on disk: parsing them is most of the time of a compile."""
         printer = texts(spec)
         text = printer.text_of(spec)
-        key = hashlib.sha256(json.dumps([text, spec.isa, tvm_compat.version(), _generator()]).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([text, spec.isa, tvm_compat.version(), generator()]).encode()).hexdigest()
         known = cache.load_json("tvm_script", key)
         if isinstance(known, str):
             return Source(spec, self.name, known)
         schedule = tvm_compat.new_schedule(tvm_compat.parse(text))
-        tvm_rules.schedule(schedule, printer.blocks_of(spec), tvm_shape.lanes_of(spec))
+        tile = tvm_rules.Tile(spec.tile)
+        tvm_rules.schedule(schedule, printer.blocks_of(spec), tvm_shape.lanes_of(spec), tile)
+        tile.finish()
         script = tvm_compat.script(schedule.mod)
         cache.store_json("tvm_script", key, script)
         with _LOCK:
@@ -166,7 +168,7 @@ def _wrong(spec: KernelSpec, bias: Any, residual: Any, buffers: tuple[Any, ...],
 
 
 @functools.cache
-def _generator() -> str:
+def generator() -> str:
     """Changes when the rules that turn a text into a script change."""
     files = (tvm_rules.__file__, tvm_compat.__file__, tvm_epilogue.__file__)
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:16]

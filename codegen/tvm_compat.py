@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import re
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from sparsec.target import ISAS, Target
 
 SERIES = ("0.27",)  # others name modules and script functions differently
 INSTALL = "pip install 'sparsec[tvm]'"
-TUNER_CRASHES = (0, 1, 15)  # the first apache-tvm-ffi with which `tune_tir` ends the process
+SEARCHES = ((0, 1, 14), (0, 1, 15))  # releases of apache-tvm-ffi that `search` was tried with
 _LOCK = threading.RLock()  # the script parser and the pass pipeline keep global state
 
 
@@ -42,16 +43,19 @@ def _installed() -> str:
     return importlib.metadata.version("apache-tvm")
 
 
-def tuning() -> str:
-    """Why schedules come from the rules alone and not from MetaSchedule's search, for the report."""
+def unsearchable() -> str | None:
+    """Why MetaSchedule cannot search here, with what to install; None where it can.
+
+    What else it offers ends the process with 0.1.15: tuning by traces, its builders, its learnt cost model.
+    """
     ffi = _ffi()
-    numbers = tuple(int(part) for part in re.findall(r"[0-9]+", ffi)[:3])
-    why = (
-        f"its tuner crashes with apache-tvm-ffi {ffi}"
-        if numbers >= TUNER_CRASHES
-        else "its search does not end for modules of several functions, which these kernels are"
+    if tuple(int(part) for part in re.findall(r"[0-9]+", ffi)[:3]) in SEARCHES:
+        return None
+    known = " and ".join(".".join(map(str, release)) for release in SEARCHES)
+    return (
+        f"apache-tvm-ffi {ffi} is installed, and MetaSchedule, which crashes with releases that it was not built "
+        f"for, was tried with {known}: pip install 'apache-tvm-ffi~={'.'.join(map(str, SEARCHES[-1]))}'"
     )
-    return f"TVM kernels are scheduled by rules, not tuned by MetaSchedule: {why}"
 
 
 def _ffi() -> str:
@@ -125,6 +129,83 @@ def llvm_target(isa: str) -> dict[str, Any]:
     if need.features:
         base["mattr"] = [f"+{_feature(f)}" for f in need.features]
     return base
+
+
+# -- search ------------------------------------------------------------------------------------------------------------
+
+_ENTRY = """
+    @T.prim_func(s_tir=True)
+    def whole():
+        T.func_attr({"global_symbol": "whole", "tirx.is_entry_func": True})
+        T.evaluate(0)
+"""
+"""An entry without arguments: MetaSchedule describes those of a module's entry, and fails where a shape has symbols."""
+
+Sample = Callable[[str, tuple[int, ...], int], int]
+Measure = Callable[[list[tuple[int, ...]]], list[float]]
+
+
+def searchable(text: str) -> Any:
+    """The module of a TVMScript text as `search` takes it. Raises SpecError."""
+    return parse(text + _ENTRY)
+
+
+def search(
+    module: Any, rules: Callable[[Any, Sample], None], isa: str, *, trials: int, each: int, seed: int, measure: Measure
+) -> None:
+    """MetaSchedule's search (Shao et al., Tensor Program Optimization with Probabilistic Programs, NeurIPS 2022).
+
+    `rules(schedule, sample)` schedules the `searchable` module and asks `sample(name, values, usual)` for its choices;
+    `measure` is handed up to `each` draws at a time, as positions in those values in the order they were asked for, and
+    answers in seconds. Raises DependencyError, ToolchainError.
+    """
+    if reason := unsearchable():
+        raise DependencyError(f"schedules cannot be searched: {reason}")
+    tvm = modules()
+    from tvm.s_tir import meta_schedule
+
+    def program(schedule: Any) -> None:
+        def sample(name: str, values: tuple[int, ...], usual: int) -> int:
+            drawn = schedule.sample_categorical(list(values), [1.0 / len(values)] * len(values))
+            return int(schedule.get(drawn))
+
+        rules(schedule, sample)
+
+    try:
+        context = _context(tvm, meta_schedule, module, program, isa, seed)
+        context.pre_tuning(trials, each, context.generate_design_space(), None, None)
+        while True:
+            with _LOCK:
+                candidates = context.generate_measure_candidates()
+            if not candidates:
+                break
+            seconds = measure([_drawn(c.sch.trace) for c in candidates])
+            results = [meta_schedule.runner.RunnerResult([s], None) for s in seconds]
+            context.notify_runner_results(candidates, results)
+        context.post_tuning()
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise ToolchainError(f"TVM {version()}: MetaSchedule's search failed: {str(error)[-2000:]}") from error
+
+
+def _context(tvm: Any, meta_schedule: Any, module: Any, program: Callable[[Any], None], isa: str, seed: int) -> Any:
+    """A tuning context, made as its class does but for one import: the tensor intrinsics of every processor, which
+    take a minute to parse and which these schedules do not use. The function is run anew for every candidate
+    ("replay-func"): replayed traces crash with apache-tvm-ffi 0.1.15."""
+    from tvm.s_tir.meta_schedule import _ffi_api
+
+    space = meta_schedule.space_generator.ScheduleFn(program, sch_rules=[], postprocs=[], mutator_probs={})
+    strategy = meta_schedule.search_strategy.ReplayFunc()
+    context = meta_schedule.TuneContext.__new__(meta_schedule.TuneContext)
+    target = tvm.target.Target({**llvm_target(isa), "num-cores": 1})
+    context.__init_handle_by_constructor__(
+        _ffi_api.TuneContext, module, target, space, strategy, "kernel", 1, seed, None
+    )
+    _ffi_api.TuneContextInitialize(context)
+    return context
+
+
+def _drawn(trace: Any) -> tuple[int, ...]:
+    return tuple(int(trace.decisions[i]) for i in trace.insts if i.kind.name == "SampleCategorical")
 
 
 def script(module: Any) -> str:

@@ -9,6 +9,7 @@ from sparsec.passes.factor import Factorise
 from sparsec.passes.fold import Fold
 from sparsec.passes.fuse import Fuse
 from sparsec.passes.lower import Lower
+from sparsec.passes.meta_schedule import MetaSchedule
 from sparsec.passes.normalise import Normalise
 from sparsec.passes.pool import Pool
 from sparsec.passes.select import Select
@@ -28,4 +29,7 @@ DEFAULT = Pipeline(
 )
 """What `compile` runs. Edits by name give a new list: `DEFAULT.insert_before("select", MyPass())`."""
 
-__all__ = ["DEFAULT", "Annotate", "ConvRewrite", "Factorise", "Fold", "Fuse", "Lower", "Normalise", "Pool", "Select"]
+__all__ = [
+    "DEFAULT", "Annotate", "ConvRewrite", "Factorise", "Fold", "Fuse", "Lower", "MetaSchedule", "Normalise", "Pool",
+    "Select",
+]  # fmt: skip

@@ -93,7 +93,7 @@ def test_threads_give_equal_bits() -> None:
 def test_every_product_is_scheduled_as_a_contraction() -> None:
     _, _, spec = fitted(2)
     schedule = tvm_compat.new_schedule(tvm_compat.parse(tvm_chain.text_of(spec)))
-    done = tvm_rules.schedule(schedule, tvm_chain.blocks_of(spec), 4)
+    done = tvm_rules.schedule(schedule, tvm_chain.blocks_of(spec), 4, tvm_rules.Tile(()))
     widths = {width for _, _, width in spec.plan}
     fields = dict(spec.fields)
     assert fields["stages"] == 5 and fields["sparse"] == 1, "two of the low rank, two of the Monarch, one sparse"
