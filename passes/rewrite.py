@@ -20,7 +20,10 @@ RULES = (
     "factor_out",
     "low_rank_left",
     "low_rank_right",
+    "affine_through_norm",
     "parallel_linears",
+    "qkv_merged",
+    "pooled_streamed",
 )
 """What `Rewrite()` applies. The names are those of `sparsec.algebra.rules()`."""
 
@@ -77,13 +80,16 @@ class Rewrite(Pass):
         for name in self.rules:
             if name not in RULES:
                 rule(name)  # an unknown name has its own message
-                raise SpecError(f"rule {name!r} is no rewrite of graphs; those are {', '.join(RULES)}")
+                raise SpecError(
+                    f"rule {name!r} is no rewrite of normalised graphs; those are {', '.join(RULES)}. Rules of weights "
+                    "with a known structure belong to sparsec.passes.restructure.Restructure"
+                )
         if engine not in ENGINES:
             raise SpecError(f"engine={engine!r} is none of {', '.join(map(repr, ENGINES))}")
         self.engine = engine
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
-        from sparsec.passes import rewrite_graph, rewrite_merge, rewrite_terms
+        from sparsec.passes import rewrite_graph, rewrite_layers, rewrite_merge, rewrite_terms
 
         log = Log()
         if ctx.options.training:
@@ -95,10 +101,17 @@ class Rewrite(Pass):
         algebra = [name for name in self.rules if name in rewrite_terms.RULES]
         if algebra:
             rewrite_terms.rewrite(gm, ctx, log, algebra, self.engine)
-        if "parallel_linears" in self.rules:
-            rewrite_merge.merge(gm, ctx, log)
+        if rewrite_layers.NORM in self.rules:
+            rewrite_layers.affine(gm, ctx, log)
+            fold_constants(gm)
+        merging = [name for name in self.rules if name in rewrite_merge.RULES]
+        if merging:
+            rewrite_merge.merge(gm, ctx, log, merging)
+        if rewrite_layers.POOL in self.rules:
+            rewrite_layers.stream(gm, ctx, log)
         fold_constants(gm)
-        gm.meta.setdefault(KEY, {})["rewrites"] = tuple(log.entries)
+        known = gm.meta.setdefault(KEY, {})
+        known["rewrites"] = (*known.get("rewrites", ()), *log.entries)
         if ctx.report is not None:
             for entry in log.entries:
                 ctx.report.note(str(entry))

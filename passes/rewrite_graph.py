@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from sparsec.aten import arguments, opname
-from sparsec.graph import drop_unread, mutated, owner, pure
+from sparsec.graph import drop_unread, get_constant, mutated, owner, pure
 
 if TYPE_CHECKING:
     from sparsec.passes.rewrite import Log
@@ -91,3 +91,19 @@ def _escapes(node: fx.Node, first: fx.Node) -> bool:
     """Two results of the model must stay two tensors: a caller may write into one."""
     both = (node, first)
     return any(u.op == "output" for n in both for u in n.users)
+
+
+def give_value(gm: fx.GraphModule, node: fx.Node) -> None:
+    """The shape of a new node, where those of what it reads are known; constants have theirs from their attribute."""
+    values: dict[fx.Node, Any] = {n: n.meta.get("val") for n in node.all_input_nodes}
+    mode = next((m for m in (getattr(v, "fake_mode", None) for v in values.values()) if m is not None), None)
+    if mode is None:
+        return
+    for read, value in values.items():
+        if value is None and read.op == "get_attr":
+            values[read] = mode.from_tensor(get_constant(gm, str(read.target)).detach())
+    if any(v is None for v in values.values()):
+        return
+    with mode:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]

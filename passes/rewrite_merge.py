@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from sparsec.passes.rewrite import Log
 
 aten = torch.ops.aten
-RULE = "parallel_linears"
+RULES = ("parallel_linears", "qkv_merged")
+"""Two or more linears; three or more with biases, which is what attention has."""
+
 UNKNOWN_ROWS = (1, 16, 256)
 """Rows that are timed when the graph does not tell how many there are."""
 
@@ -40,20 +42,24 @@ SIMILAR = 0.1
 """Densities of merged weights differ by at most this much: one format has to suit them all."""
 
 
-def merge(gm: fx.GraphModule, ctx: Context, log: Log) -> None:
+def merge(gm: fx.GraphModule, ctx: Context, log: Log, rules: Sequence[str] = RULES) -> None:
     """`linear(x, a), linear(x, b) --> split(linear(x, cat(a, b)), widths)`."""
     for group in _groups(gm):
         names = [place(n) for n in group]
+        biased = len(group) > 2 and arguments(group[0])["bias"] is not None
+        name = RULES[1] if biased and RULES[1] in rules else RULES[0]
+        if name not in rules:
+            continue
         reason = _refusal(gm, ctx, group)
         if reason is not None:
-            log.refused(RULE, names, reason)
+            log.refused(name, names, reason)
             continue
         faster, detail = _timed(gm, ctx, group)
         if faster:
             _merge(gm, group)
-            log.applied([RULE], names, detail)
+            log.applied([name], names, detail)
         else:
-            log.refused(RULE, names, detail)
+            log.refused(name, names, detail)
 
 
 def _groups(gm: fx.GraphModule) -> list[list[fx.Node]]:

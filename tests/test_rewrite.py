@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import sparsec
 from sparsec.driver import Context, Options, run_passes
 from sparsec.errors import SpecError
 from sparsec.graph import KEY
-from sparsec.passes import rewrite_merge, rewrite_terms
+from sparsec.passes import rewrite_layers, rewrite_merge, rewrite_terms
 from sparsec.passes.fold import Fold
 from sparsec.passes.normalise import Normalise
 from sparsec.passes.rewrite import Applied, Rewrite
@@ -95,16 +96,18 @@ def test_query_key_and_value_become_one_linear(bias: bool, shape: tuple[int, ...
     gm, entries = rewritten(model, x)
     assert calls(gm).count("linear") == 1 and calls(gm).count("split_with_sizes") == 1
     close(model, gm, x)
-    assert entries == [
-        Applied(("parallel_linears",), ("query", "key", "value"), "merged untimed, because tune='off'")
-    ]
+    name = "qkv_merged" if bias else "parallel_linears"
+    assert entries == [Applied((name,), ("query", "key", "value"), "merged untimed, because tune='off'")]
+    for rules, merged in ((["parallel_linears"], True), (["qkv_merged"], bias)):
+        gm, entries = rewritten(model, x, rules=rules)
+        assert [e.rules for e in entries] == ([tuple(rules)] if merged else [])
 
 
 def test_merged_linears_round_trip_and_are_one_site():
     cm = round_trip(Attention().eval(), Attention, torch.randn(2, 5, 32))
     report = sparsec.report(cm)
     assert [(r.site, r.shape) for r in report.rows] == [("query", (96, 32))]
-    assert "query, key, value rewritten by parallel_linears" in str(report)
+    assert "query, key, value rewritten by qkv_merged" in str(report)
     assert report.kept_nbytes == 3 * 32 * 33 * 4
 
 
@@ -358,6 +361,130 @@ def test_numbers_of_different_types_are_different():
     assert gm(torch.arange(3)).dtype is torch.float32
 
 
+# -- whole layers --------------------------------------------------------------------------------------------------
+
+
+class Normed(nn.Module):
+    """A norm whose readers are two linears, or others too."""
+
+    def __init__(self, bias: bool = True, other: bool = False, affine: bool = True) -> None:
+        super().__init__()
+        self.norm, self.other = nn.LayerNorm(16, elementwise_affine=affine), other
+        self.a, self.b = nn.Linear(16, 8), nn.Linear(16, 4, bias)
+        if affine:
+            nn.init.normal_(self.norm.weight)
+            nn.init.normal_(self.norm.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(x)
+        z = torch.cat([torch.relu(self.a(y)), torch.relu(self.b(y))], -1)
+        return torch.cat([z, y], -1) if self.other else z
+
+
+def test_a_norms_gain_and_offset_go_into_the_linears_behind_it():
+    model, x = Normed().eval(), torch.randn(3, 5, 16)
+    gm, entries = rewritten(model, x, rules=["affine_through_norm"])
+    (norm,) = [n for n in gm.graph.nodes if "layer_norm" in str(n.target)]
+    assert norm.args[2:4] == (None, None) and calls(gm).count("linear") == 2
+    assert entries == [Applied(("affine_through_norm",), ("norm", "a", "b"), "32 --> 0 flops a row")]
+    close(model, gm, x)
+    round_trip(model, Normed, x)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [(lambda: Normed(other=True), "reads it too, and that is no linear"),
+     (lambda: Normed(bias=False), "has no bias that could take the offset up")],
+    ids=["another reader", "no bias"],
+)  # fmt: skip
+def test_norms_that_keep_their_gain_say_why(make: Any, says: str):
+    model, x = make().eval(), torch.randn(5, 16)
+    before = calls(captured(model, x))
+    gm, entries = rewritten(model, x, rules=["affine_through_norm"])
+    assert calls(gm) == before and [e.refused for e in entries] == [True] and says in entries[0].detail
+    assert torch.equal(gm(x), model(x))
+
+
+def test_a_plain_norm_is_no_candidate():
+    assert rewritten(Normed(affine=False).eval(), torch.randn(5, 16), rules=["affine_through_norm"])[1] == []
+
+
+@pytest.mark.parametrize(("us", "moved"), [((100.0, 90.0), True), ((100.0, 99.0), False)])
+def test_the_clock_decides_about_norms(us: tuple[float, ...], moved: bool, monkeypatch: pytest.MonkeyPatch):
+    def measured(contenders: Any) -> Any:
+        for one, other in zip(*(c() for c in contenders)):
+            torch.testing.assert_close(one, other)
+        return type("Timing", (), {"us": us})
+
+    monkeypatch.setattr(rewrite_layers.tune, "measure", measured)
+    gm, entries = rewritten(Normed().eval(), torch.randn(5, 16), rules=["affine_through_norm"], tune="measure")
+    assert entries[0].refused != moved and f"{us[0]} --> {us[1]} us" in entries[0].detail
+    keywords: dict[str, Any] = {"rules": ["affine_through_norm"], "tune": "measure", "shapes": "batch"}
+    _, entries = rewritten(Normed().eval(), torch.randn(5, 16), **keywords)
+    assert entries[0].refused and "not known yet" in entries[0].detail
+
+
+class Pooled(nn.Module):
+    def __init__(self, kind: str = "mean", dim: int = 1, function: Any = nn.functional.gelu) -> None:
+        super().__init__()
+        self.up, self.kind, self.dim, self.function = nn.Linear(8, 64), kind, dim, function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return getattr(torch, self.kind)(self.function(self.up(x)), self.dim)
+
+
+SMALL = dataclasses.replace(Target.probe(), l2=4096)
+
+
+def pooled(model: nn.Module, x: torch.Tensor, tune: str = "off", target: Target = SMALL) -> Any:
+    gm = captured(model, x)
+    context = Context(target=target, report=Report(), options=Options(tune=tune))
+    run_passes(gm, [Normalise(), Rewrite(["pooled_streamed"])], context)
+    return gm, list(gm.meta[KEY].get("rewrites", ()))
+
+
+@pytest.mark.parametrize("kind", ["mean", "sum"])
+@pytest.mark.parametrize(("shape", "dim"), [((37, 8), 0), ((2, 37, 8), 1), ((37, 2, 8), 0)])
+def test_pooled_rows_are_streamed_where_they_overflow_the_cache(kind: str, shape: tuple[int, ...], dim: int):
+    model, x = Pooled(kind, dim).eval(), torch.randn(shape)
+    gm, entries = pooled(model, x)
+    size = 4 * 64 * shape[0] * (shape[1] if len(shape) == 3 else 1)
+    blocks = min(8, -(-2 * size // 4096))
+    assert calls(gm).count("linear") == blocks and "gelu" in calls(gm)
+    assert entries == [Applied(("pooled_streamed",), ("up",), f"{blocks} blocks of {size} bytes")]
+    close(model, gm, x)
+
+
+def test_pools_that_stay_say_why():
+    gm, entries = pooled(Pooled().eval(), torch.randn(2, 3, 8))
+    assert calls(gm).count("linear") == 1 and entries[0].refused and "fit the cache" in entries[0].detail
+    gm, entries = pooled(Pooled().eval(), torch.randn(99, 1, 8))
+    assert "one row" in entries[0].detail and entries[0].refused
+    for model in (Pooled(dim=-1), Pooled(function=lambda y: y + 1.0)):  # over features; no function of one argument
+        assert pooled(model.eval(), torch.randn(2, 99, 8))[1] == []
+
+
+@pytest.mark.parametrize(("us", "cut"), [((100.0, 90.0), True), ((100.0, 99.0), False)])
+def test_the_clock_decides_about_pools(us: tuple[float, ...], cut: bool, monkeypatch: pytest.MonkeyPatch):
+    def measured(contenders: Any) -> Any:
+        torch.testing.assert_close(*(c() for c in contenders))
+        return type("Timing", (), {"us": us})
+
+    monkeypatch.setattr(rewrite_layers.tune, "measure", measured)
+    _, entries = pooled(Pooled().eval(), torch.randn(2, 99, 8), "measure")
+    assert entries[0].refused != cut and f"{us[0]} --> {us[1]} us" in entries[0].detail
+
+
+def test_streamed_pools_round_trip():
+    model, x = Pooled("sum").eval(), torch.randn(2, 99, 8)
+    target = dataclasses.replace(Target.probe(), l2=1024)
+    passes = sparsec.DEFAULT.insert_before("annotate", Rewrite(["pooled_streamed"]))
+    cm = sparsec.compile(model, None, (x,), passes=passes, tune="off", target=target)
+    assert [r.site for r in sparsec.report(cm).rows] == ["up", *(f"up#{n}" for n in range(2, 9))]
+    torch.testing.assert_close(cm(x), model(x), rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(v, sparsec.dense_state_dict(cm)[k]) for k, v in model.state_dict().items())
+
+
 # -- the pass ------------------------------------------------------------------------------------------------------
 
 
@@ -366,7 +493,7 @@ def test_only_the_rules_that_were_asked_for_are_applied():
     assert calls(gm).count("linear") == 3 and not entries
     with pytest.raises(SpecError, match="no rule is called 'merge'"):
         Rewrite(["merge"])
-    with pytest.raises(SpecError, match="is no rewrite of graphs"):
+    with pytest.raises(SpecError, match="belong to sparsec.passes.restructure.Restructure"):
         Rewrite(["kron_vec"])
     with pytest.raises(SpecError, match="engine='z3'"):
         Rewrite(engine="z3")
@@ -412,7 +539,9 @@ def test_a_transformer_keeps_its_outputs_and_its_state_dict(shapes: Any):
                          tune="off")  # fmt: skip
     report = sparsec.report(cm)
     names = [r.site for r in report.rows if "attention.self" in r.site]
-    assert names == ["encoder.layer.0.attention.self.query"] and "attention.self.value rewritten by" in report.notes[0]
+    assert names == ["encoder.layer.0.attention.self.query"] and any(
+        "attention.self.value rewritten by qkv_merged" in note for note in report.notes
+    )
     ids = ids if shapes is None else torch.randint(0, 50, (4, 5))
     torch.testing.assert_close(cm(input_ids=ids).last_hidden_state, model(input_ids=ids).last_hidden_state)
     state = sparsec.dense_state_dict(cm)
