@@ -49,7 +49,18 @@ def kernel(target: str, fmt: Format, weight: torch.Tensor, batch: int) -> tuple[
     return spec, liked
 
 
-def run(shape: tuple[int, int], rank: int, rounds: int) -> list[dict[str, Any]]:
+def searched(spec: KernelSpec, buffers: dict[str, torch.Tensor], batch: int, trials: int) -> KernelSpec:
+    """The kernel with the best of `trials` schedules that MetaSchedule drew; chains keep theirs."""
+    from sparsec.codegen import tvm_search
+
+    if spec.op != "linear":
+        return spec
+    found = tvm_search.search(spec, buffers, (batch,), trials)
+    print(f"  {found.trials} schedules, the best {found.gain:.2f}x as fast as the usual one: {dict(found.spec.tile)}")
+    return found.spec
+
+
+def run(shape: tuple[int, int], rank: int, rounds: int, trials: int = 0) -> list[dict[str, Any]]:
     """All batches of one weight."""
     weight, fmt = weight_of(shape, rank)
     rows = []
@@ -57,9 +68,11 @@ def run(shape: tuple[int, int], rank: int, rounds: int) -> list[dict[str, Any]]:
     for batch in BATCHES:
         x = torch.randn(batch, shape[1], generator=torch.Generator().manual_seed(1))
         contenders: dict[str, Callable[[], torch.Tensor]] = {"dense": partial(F.linear, x, weight)}
-        for name in ("cpu", "tvm"):
-            spec, liked = kernel(name, fmt, weight, batch)
+        for name in ("cpu", "tvm", *(("search",) if trials else ())):
+            spec, liked = kernel("cpu" if name == "cpu" else "tvm", fmt, weight, batch)
             buffers = packs.setdefault(liked, liked.pack(weight))
+            if name == "search":
+                spec = searched(spec, buffers, batch, trials)
             call = contenders[name] = partial(OVERLOAD, x, list(buffers.values()), None, None, spec.text())
             exact = x.double() @ liked.unpack(buffers, *shape).double().t()
             if (error := float((call() - exact).abs().max() / exact.abs().max())) > 1e-5:
@@ -75,6 +88,7 @@ def run(shape: tuple[int, int], rank: int, rounds: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one weight, few rounds")
+    parser.add_argument("--search", type=int, default=0, metavar="N", help="also the best of N schedules")
     parser.add_argument("--json", help="also write the rows here")
     options = parser.parse_args()
     print(f"{headline()}, fp32; microseconds, medians")
@@ -84,11 +98,13 @@ def main() -> None:
         if not idle(patience_s=1 if options.quick else 60):
             print("the machine is busy: ratios are what to trust")
         for shape, rank in CASES[:1] if options.quick else CASES:
-            for row in run(shape, rank, 3 if options.quick else 15):
+            for row in run(shape, rank, 3 if options.quick else 15, options.search):
                 rows.append(row)
                 dense, c, tvm = (row["us"][n] for n in ("dense", "cpu", "tvm"))
                 name, kind = f"{shape[0]}x{shape[1]}", f"rank {rank}" if rank else f"{ZEROS:.0%} CSR"
                 figures = f"{dense:8.0f} {c:7.0f} {tvm:7.0f} {tvm / c:6.2f} {dense / tvm:14.1f}x"
+                if options.search:
+                    figures += f"   searched {row['us']['search']:7.0f}"
                 print(f"{name:>10} {kind:>9} {row['batch']:>5} {figures}", flush=True)
     write_json(options.json, "backends", rows)
 

@@ -7,8 +7,8 @@ from torch import fx
 from sparsec.driver import Context
 from sparsec.errors import DependencyError, SpecError
 from sparsec.graph import Fact, get_constant
-from sparsec.passes import _product
 from sparsec.passes._propose import Candidate, Proposal
+from sparsec.passes._shortlist import expected_batches
 from sparsec.passes.select import UNKNOWN_BATCHES, Select
 from sparsec.report import Row
 
@@ -57,7 +57,7 @@ class MetaSchedule(Select):
         if catalog.variant(candidate.spec.variant).language != "tvm":
             return None
         weight = get_constant(gm, site.fact.weight).detach().reshape(site.fact.matrix)
-        batches = _product.rows(site.node) or UNKNOWN_BATCHES
+        batches = expected_batches(site) or UNKNOWN_BATCHES
         buffers = candidate.format.pack(weight)
         candidate.format.validate(buffers, *site.fact.matrix)
         found = tvm_search.search(candidate.spec, buffers, batches, self.trials, self.seed)

@@ -68,6 +68,7 @@ MAY_ALSO: dict[str, tuple[set[str], str]] = {
     "passes.rewrite_merge": ({"codegen"}, "times merged linears"),
     "passes.rewrite_terms": ({"codegen"}, "times rewritten expressions"),
     "passes.select": ({"codegen"}, "builds and times candidates"),
+    "passes.meta_schedule": ({"codegen"}, "searches schedules of TVM kernels"),
     "passes._propose": ({"codegen"}, "asks the catalogue for candidates"),
     "ops.prepacked": ({"verify"}, "torch applies the steps of an epilogue that oneDNN does not fuse"),
     "passes._prepacked": ({"ops"}, "times and installs the op of dense sites"),
