@@ -172,21 +172,29 @@ def test_gqsa_group_saliency_beats_magnitude_groups() -> None:
     torch.testing.assert_close(OBS()(site, stats), layer.weight.detach().square() / inverse**2, rtol=1e-2, atol=0)
 
 
-def test_spqr_outliers_lower_the_error_below_gptq_below_rounding() -> None:
-    layer, x = nn.Linear(64, 32), correlated(800, 64)
+def test_spqr_with_one_percent_of_outliers_errs_less_than_gptq_less_than_rounding() -> None:
+    """Where outliers sit that a coarse grid suits badly; without any, a threshold far above finds none."""
+    layer, x = nn.Linear(64, 64), correlated(800, 64)
     with torch.no_grad():
-        layer.weight[::5, 7] *= 10
+        layer.weight.view(-1)[torch.randperm(4096, generator=torch.Generator().manual_seed(0))[:40]] *= 8
     weight, hessian = layer.weight.detach(), damped(x.T @ x, len(x), 0.01)
     upper = upper_inverse(hessian)
 
-    def quantised(grid: Grid) -> float:
+    def quantised(grid: Grid) -> tuple[float, float]:
+        """Layer error, and the share of entries off their grid."""
         rounding, threshold = grid.fit(weight, upper)
-        found, _ = sweep(weight, upper, 0, quantise=rounding, outlier=threshold)
-        return float(((found - weight) @ x.T).square().sum())
+        on_grid = []
+        noting = lambda column, j, rest: on_grid.append(rounding(column, j, rest)) or on_grid[-1]  # noqa: E731
+        found, _ = sweep(weight, upper, 0, quantise=noting, outlier=threshold)
+        share = float((found != torch.stack(on_grid, 1)).float().mean())
+        return float(((found - weight) @ x.T).square().sum()), share
 
     rtn = float(((Grid(3, 16).nearest(weight) - weight) @ x.T).square().sum())
-    gptq = quantised(Grid(3, 16))
-    assert quantised(Grid(3, 16, outliers=0.2)) < gptq < rtn
+    gptq, none = quantised(Grid(3, 16))
+    spqr, share = quantised(Grid(3, 16, outliers=0.15))
+    assert none == 0 and 0.005 <= share <= 0.015
+    assert spqr < 0.5 * gptq and gptq < 0.8 * rtn
+    assert quantised(Grid(3, 16, outliers=1e6)) == (pytest.approx(gptq), 0)
 
 
 # DSnoT
