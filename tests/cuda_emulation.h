@@ -91,7 +91,7 @@ struct Slot { uint32_t words[12]; const void *row; float sums[4]; };
 
 static unsigned char *shared;
 static size_t shared_bytes;
-static long conflicts, launches;
+static long conflicts, launches, blocks;
 static const char *failure;
 static int device;  // the current one; tensors are on device 0
 static cudaStream_t stream;  // of the last launch
@@ -202,6 +202,7 @@ static void launch(dim3 grid, dim3 block, size_t bytes, const std::function<void
     fibers[i].stack.resize(64 << 10);
     fibers[i].thread = dim3((uint32_t)(i % block.x), (uint32_t)(i / block.x % block.y), (uint32_t)(i / block.x / block.y));
   }
+  blocks += (long)grid.x * grid.y * grid.z;
   blockDim = block;
   gridDim = grid;
   body = &kernel;
@@ -366,10 +367,15 @@ static inline void mma_sp_bf16(float (&d)[4], const uint32_t (&a)[4], const uint
   emulation::mma(d, a, b, 4, 19, places, bf16_float);
 }
 
-// Bank conflicts of ldmatrix since the last call, and launches: for tests that count.
+// Bank conflicts of ldmatrix since the last call, blocks and launches: for tests that count.
 extern "C" __attribute__((visibility("default"))) long emulation_conflicts() {
   const long seen = emulation::conflicts;
   emulation::conflicts = 0;
+  return seen;
+}
+extern "C" __attribute__((visibility("default"))) long emulation_blocks() {
+  const long seen = emulation::blocks;
+  emulation::blocks = 0;
   return seen;
 }
 extern "C" __attribute__((visibility("default"))) long emulation_launches() {

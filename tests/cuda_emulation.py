@@ -31,6 +31,10 @@ class Emulated:
         """Bank conflicts of ldmatrix since this was last asked."""
         return int(self.library.emulation_conflicts())
 
+    def blocks(self) -> int:
+        """Blocks of all launches since this was last asked."""
+        return int(self.library.emulation_blocks())
+
     def launches(self) -> int:
         """Kernels launched since this was last asked."""
         return int(self.library.emulation_launches())

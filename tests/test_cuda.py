@@ -361,12 +361,13 @@ def test_packing_out_of_memory_installs_nothing(monkeypatch: pytest.MonkeyPatch)
     assert type(model) is torch.nn.Linear
 
 
-def test_a_model_on_the_cpu_stays_dense_for_a_cuda_target() -> None:
+@pytest.mark.parametrize("target", ["cuda", "cuda:sm_90"])
+def test_a_model_on_the_cpu_stays_dense_for_a_cuda_target(target: str) -> None:
     import sparsec
 
-    compiled = sparsec.compile(torch.nn.Linear(32, 16).eval(), CSR(), target="cuda:sm_90", tune="off")
+    compiled = sparsec.compile(torch.nn.Linear(32, 16).eval(), CSR(), target=target, tune="off")
     (row,) = sparsec.report(compiled).rows
-    assert row.decision == "dense" and row.code == "SPC0700" and "cpu while the target is cuda:sm_90" in row.reason
+    assert row.decision == "dense" and row.code == "SPC0700" and f"cpu while the target is {target}" in row.reason
 
 
 def test_the_op_is_registered_for_every_device() -> None:

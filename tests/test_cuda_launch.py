@@ -17,10 +17,11 @@ from cuda_emulation import available, build, compile_text
 from cuda_problems import Case, cases, first_spec, spec_of, weight_of
 
 import sparsec
-from sparsec import cost, verify
+from sparsec import codes, cost, verify
+from sparsec.codegen import build as build_module
 from sparsec.codegen import catalog, cuda, cuda_variants, render, tune
 from sparsec.codegen.kernel import Kernel, KernelSpec, Problem, Source, Step
-from sparsec.errors import DeviceError, PassError
+from sparsec.errors import DeviceError, PassError, ToolchainError
 from sparsec.formats import BSR, CSR, NM, Bitmask, Permuted, Sum
 from sparsec.passes import _propose
 from sparsec.target import Target
@@ -97,6 +98,30 @@ def test_inputs_are_split_where_one_block_a_tile_would_leave_the_device_idle(fol
         assert emulated.launches() == launches, f"batch {batch}: the tiles, and what adds their sums"
         x, y, bias, residual = operands[:4]
         assert verify.check(y, x, weight_of(case, 0.4), bias, case.steps, residual).ok
+
+
+@emulates
+@pytest.mark.parametrize("name", ["linear_group_int4_cuda", "linear_csr_merge"])
+def test_work_is_cut_evenly_however_it_lies_in_rows(name: str, folder: Path) -> None:
+    """GQSA's even splitting, and the merge path: a row that holds everything is cut into as many pieces as two halves.
+
+    A block has four warps: one that stayed within its row would leave two rows to a single block.
+    """
+    case = dataclasses.replace(next(c for c in cases(name) if c.dtype == "float32"), shape=(2, 16384), steps=())
+    emulated = build([spec_of(case)], folder)
+    x = torch.randn(1, 16384, generator=torch.Generator().manual_seed(1))
+    values = torch.randn(16384, generator=torch.Generator().manual_seed(2))
+    groups = torch.arange(16384) // 16 % 2
+    seen = []
+    for skewed in (True, False):
+        rows = torch.zeros_like(groups) if skewed else groups
+        weight = torch.zeros(2, 16384).index_put_((rows, torch.arange(16384)), values)
+        packed = case.packed(weight)
+        emulated.blocks()
+        y = case.run(emulated, x, [*packed.values()])
+        seen.append(emulated.blocks())
+        assert verify.check(y, x, case.format.unpack(packed, 2, 16384), None).ok
+    assert seen[0] == seen[1] >= 6
 
 
 # -- the clock ---------------------------------------------------------------------------------------------------------
@@ -190,6 +215,45 @@ def test_sites_are_timed_verified_and_reported_as_on_processors(monkeypatch: pyt
     monkeypatch.setattr(tune, "recall", lambda *_: None)
     (row,) = sparsec.report(sparsec.compile(layer, CSR(), (x,), target="cuda")).rows
     assert row.decision == "dense" and row.dense_us == 1.0 and row.sparse_us == 5.0, "never slower"
+
+
+@emulates
+def test_what_cannot_be_built_or_run_stays_dense_with_its_reason(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """No nvcc, a device older than the target, an architecture without kernels: a row, or an error where asked for."""
+    _device(monkeypatch, folder)
+    layer, x = torch.nn.Linear(51, 70).eval(), torch.randn(9, 51)
+    made, loaded = cuda.CudaBackend.build, cuda.CudaBackend.load
+
+    def built_for(target: str, fallback: str = "dense") -> Any:
+        compiled = sparsec.compile(layer, CSR(), (x,), target=target, tune="off", fallback=fallback)
+        (row,) = sparsec.report(compiled).rows
+        with torch.no_grad():
+            assert torch.equal(compiled(x), layer(x)) == (row.decision == "dense")
+        return row
+
+    assert built_for("cuda").decision == "sparse"
+    row = built_for("cuda:sm_75")
+    assert row.decision == "dense" and "needs sm_120 or" in row.reason
+    monkeypatch.setattr(build_module, "_loaded", {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+
+    def load(self: cuda.CudaBackend, path: Path, source: Source) -> Kernel:
+        cuda.check_device(source.spec)
+        return loaded(self, path, source)
+
+    monkeypatch.setattr(cuda.CudaBackend, "load", load)
+    row = built_for("cuda:sm_90")
+    assert row.decision == "dense" and "Test GPU is sm_80; compile with target='cuda:sm_80'" in row.reason
+    with pytest.raises(DeviceError, match="compile with target='cuda:sm_80'"):
+        built_for("cuda:sm_90", "error")
+    assert built_for("cuda").decision == "sparse"
+    monkeypatch.setattr(build_module, "_loaded", {})
+    monkeypatch.setattr(cuda.CudaBackend, "available", lambda self: "no CUDA compiler: install the CUDA toolkit")
+    row = built_for("cuda")
+    assert row.decision == "dense" and row.code == codes.NO_TOOLCHAIN and "install the CUDA toolkit" in row.reason
+    with pytest.raises(ToolchainError, match="install the CUDA toolkit"):
+        built_for("cuda", "error")
+    assert cuda.CudaBackend.build is made
 
 
 @emulates
