@@ -17,7 +17,7 @@ from timing import exclusive, headline, idle, interleave, write_json
 from torch import nn
 
 import sparsec
-from sparsec.factors import Factor, Kronecker, LowRank, Monarch, Sparse, Sum, TensorTrain, Tucker
+from sparsec.factors import Factor, Fit, Kronecker, LowRank, Monarch, Sparse, Sum, TensorTrain, Tucker
 from sparsec.formats import Buffers
 
 
@@ -52,6 +52,61 @@ LAYERS = (
     Layer("low rank, one row", LowRank(64), (768, 768), 1, 1.0),
     Layer("low rank + 95 % sparse", LowRank(64) + Sparse(0.95), (768, 768), 1024, 1.0),
 )  # fmt: skip
+
+
+class Batched(nn.Module):
+    """x (batch, n, in) times as many matrices."""
+
+    def __init__(self, batch: int, width: int, out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(batch, width, out) / width**0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(x, self.weight)
+
+
+def table(rows: int, width: int) -> nn.Module:
+    return nn.Embedding(rows, width, _weight=torch.randn(rows, width))
+
+
+USES: tuple[tuple[str, Callable[[], nn.Module], Factor, Callable[[], torch.Tensor]], ...] = (
+    ("batched low rank", lambda: Batched(12, 768, 768), LowRank(96), lambda: torch.randn(12, 128, 768)),
+    ("batched monarch", lambda: Batched(12, 1024, 1024), Monarch(32), lambda: torch.randn(12, 64, 1024)),
+    ("table, rank 4", lambda: table(100_000, 512), LowRank(4), lambda: torch.randint(0, 100_000, (4096,))),
+    ("table, rank 32", lambda: table(100_000, 512), LowRank(32), lambda: torch.randint(0, 100_000, (4096,))),
+)
+"""Batches of matrices and tables that are looked up: (name, module, factor, input)."""
+
+
+def any_fit(factor: Factor, weight: torch.Tensor, gram: torch.Tensor | None = None) -> Fit:
+    """Random operands in the place of a fit, which decides the error and not the time."""
+    shapes = factor.shapes(tuple(weight.shape))
+    return Fit({k: torch.randn(s, dtype=weight.dtype) / s[-1] ** 0.5 for k, s in shapes.items()}, 1.0)
+
+
+def run_use(name: str, make: Callable[[], nn.Module], factor: Factor, x: torch.Tensor, rounds: int) -> dict[str, Any]:
+    """Compile and time one of USES with operands of the right shapes, and its chain also where the dense op stays."""
+    torch.manual_seed(0)
+    dense = make().eval()
+    with mock.patch.object(Factor, "fit", any_fit):
+        compiled = sparsec.compile(dense, factor, (x,))
+        row = sparsec.report(compiled).rows[0]
+        forced = compiled if row.decision == "factored" else sparsec.compile(dense, factor, (x,), min_speedup=0)
+    calls = {"dense": lambda: dense(x), "chain": lambda: forced(x), "sparsec": lambda: compiled(x)}
+    times = interleave(calls, rounds)
+    used = sparsec.report(forced).rows[0]
+    return {
+        "use": name, "factor": factor.text(), "dtype": "float32", "decision": row.decision, "variant": used.variant,
+        "reason": row.reason, "compression": used.dense_nbytes / used.nbytes,
+        "us": {n: 1e6 * t.median for n, t in times.items()},
+        "ratio": {n: times["dense"].median / t.median for n, t in times.items()},
+    }  # fmt: skip
+
+
+def use_line(row: dict[str, Any]) -> str:
+    text = f"{row['use']:<20} {row['compression']:6.1f}x fewer bytes  "
+    text += "  ".join(f"{n} {us:.0f} us" for n, us in row["us"].items())
+    return f"{text}  chain {row['ratio']['chain']:.2f}x, installed: {row['decision']} ({row['variant']})"
 
 
 def peer(layer: Layer) -> Callable[[torch.Tensor], torch.Tensor] | None:
@@ -174,6 +229,10 @@ def main() -> None:
             figures = "  ".join(f"{n} {ms:.0f} ms" for n, ms in found["ms"].items())
             print(f"BERT-base 8 x 128: {figures}  {found['ratio']:.2f}x over dense (bar {found['bar']:g})")
         else:
+            for name, make, factor, given in USES:
+                if not options.layers or any(word in name for word in options.layers):
+                    rows.append(run_use(name, make, factor, given(), options.rounds))
+                    print(use_line(rows[-1]), flush=True)
             for layer in LAYERS:
                 if not options.layers or any(word in layer.name for word in options.layers):
                     rows.append(run(layer, options.rounds))

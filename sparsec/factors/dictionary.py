@@ -12,17 +12,18 @@ from sparsec.factors._base import Factor, Shape, matrix_shape, positive
 from sparsec.factors._contraction import Contraction, Operand
 from sparsec.factors._ksvd import ksvd
 from sparsec.factors._linalg import whitening
-from sparsec.formats import Buffers, FanIn
+from sparsec.factors.sparse import buffer_shapes
+from sparsec.formats import Bitmask, Buffers, FanIn, Format
 
 
 @dataclass(frozen=True)
 class Dictionary(Factor):
     """W (out, in) = codes (out, atoms) atoms (atoms, in), with `nonzeros` values in every row of codes.
 
-    y = (x atoms^T) codes^T: a dense product, then a sparse one of constant fan-in. The buffers are `atoms` and the
-    `values` and `indices` of the codes in FanIn. The fit is K-SVD with orthogonal matching pursuit; with a Gram matrix
-    G = L L^T it runs on W L and takes the root off the atoms, so that the error on the layer's outputs is minimised
-    (CoSpaDi, Shopkhoev et al., 2025).
+    y = (x atoms^T) codes^T: a dense product, then a sparse one of constant fan-in. The buffers are `atoms` and those of
+    the codes, with column numbers (FanIn) or masks (Bitmask), whichever takes fewer bytes. The fit is K-SVD with
+    orthogonal matching pursuit; with a Gram matrix G = L L^T it runs on W L and takes the root off the atoms, so that
+    the error on the layer's outputs is minimised (CoSpaDi, Shopkhoev et al., 2025).
     """
 
     atoms: int
@@ -42,13 +43,13 @@ class Dictionary(Factor):
 
     def shapes(self, shape: Shape) -> dict[str, Shape]:
         out, width = matrix_shape(shape)
-        codes = (out, self.nonzeros)
-        return {"atoms": (self.atoms, width), "values": codes, "indices": codes}
+        return {"atoms": (self.atoms, width), **dict(buffer_shapes(self._codes(out), *self._sizes(out)))}
 
     def contract(self, shape: Shape) -> tuple[Contraction, ...]:
         out, width = matrix_shape(shape)
         atoms = Operand(("atoms",), "ai", (self.atoms, width))
-        codes = Operand(("values", "indices"), "oa", (out, self.atoms), self._codes(out), out * self.nonzeros)
+        fmt = self._codes(out)
+        codes = Operand(fmt.buffers, "oa", (out, self.atoms), fmt, out * self.nonzeros)
         return (Contraction("i", "o", (width,), (out,), (atoms, codes)),)
 
     def nbytes(self, shape: Shape, itemsize: int) -> int:
@@ -64,8 +65,11 @@ class Dictionary(Factor):
             found = tuple(buffers["atoms"].shape)
             raise FormatError(f"{self.name}: buffer 'atoms' has shape {found}, expected {expected['atoms']}")
         self._check_buffer("atoms", buffers["atoms"], buffers["values"])
-        own = {k: buffers[k] for k in ("values", "indices")}
-        self._codes(shape[0]).validate(own, shape[0], self.atoms)
+        fmt = self._codes(shape[0])
+        fmt.validate({k: buffers[k] for k in fmt.buffers}, shape[0], self.atoms)
+        if buffers["values"].numel() != shape[0] * self.nonzeros:
+            found = buffers["values"].numel()
+            raise FormatError(f"{self.name}: {found} values of codes, expected {self.nonzeros} for each output")
 
     def accept(self, dense: torch.Tensor) -> torch.Tensor:
         if dense.is_complex():
@@ -84,7 +88,16 @@ class Dictionary(Factor):
         return self._packed(codes, torch.linalg.solve_triangular(root, atoms, upper=False, left=False))
 
     def _packed(self, codes: torch.Tensor, atoms: torch.Tensor) -> Buffers:
-        return {"atoms": atoms, **self._codes(codes.shape[0]).pack(codes)}
+        order = torch.argsort(codes.abs(), dim=1, descending=True, stable=True)[:, : self.nonzeros]
+        mask = torch.zeros(codes.shape, dtype=torch.bool).scatter_(1, order, True)
+        return {"atoms": atoms, **self._codes(codes.shape[0]).pack(codes, mask)}
 
-    def _codes(self, out: int) -> FanIn:
-        return FanIn(self.nonzeros).resolve(out, self.atoms)
+    def _sizes(self, out: int) -> tuple[int, int, int]:
+        """Stored values, rows and columns of the codes."""
+        return out * self.nonzeros, out, self.atoms
+
+    def _codes(self, out: int) -> Format:
+        """The smaller way to say where the values are; of as many bytes, column numbers."""
+        stored, _, atoms = self._sizes(out)
+        ways: tuple[Format, ...] = FanIn(self.nonzeros).resolve(out, atoms), Bitmask().resolve(out, atoms)
+        return min(ways, key=lambda fmt: fmt.nbytes(out, atoms, stored, 0))

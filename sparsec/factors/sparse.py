@@ -64,7 +64,7 @@ class Sparse(Factor):
         return round((1.0 - self.sparsity) * out * width)
 
     def shapes(self, shape: Shape) -> dict[str, Shape]:
-        return dict(_shapes(self.format, self.stored(shape), *matrix_shape(shape)))
+        return dict(buffer_shapes(self.format, self.stored(shape), *matrix_shape(shape)))
 
     def contract(self, shape: Shape) -> tuple[Contraction, ...]:
         out, width = matrix_shape(shape)
@@ -144,7 +144,7 @@ def _fixes(fmt: Format) -> bool:
 
 
 @lru_cache(maxsize=64)
-def _shapes(fmt: Format, stored: int, rows: int, cols: int) -> tuple[tuple[str, Shape], ...]:
+def buffer_shapes(fmt: Format, stored: int, rows: int, cols: int) -> tuple[tuple[str, Shape], ...]:
     """Shapes of the buffers, learned from packing a matrix with as many entries."""
     probe = Sparse(None, fmt) if _fixes(fmt) else None
     if probe is not None:
