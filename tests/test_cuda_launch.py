@@ -218,8 +218,13 @@ def test_sites_are_timed_verified_and_reported_as_on_processors(monkeypatch: pyt
 
 
 @emulates
-def test_what_cannot_be_built_or_run_stays_dense_with_its_reason(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """No nvcc, a device older than the target, an architecture without kernels: a row, or an error where asked for."""
+def test_what_cannot_be_built_or_run_stays_dense_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
+) -> None:
+    """No nvcc, a device older than the target, an architecture without kernels: a row, or an error where asked for.
+
+    A model that was saved for CUDA asks for a device when it is loaded.
+    """
     _device(monkeypatch, folder)
     layer, x = torch.nn.Linear(51, 70).eval(), torch.randn(9, 51)
     made, loaded = cuda.CudaBackend.build, cuda.CudaBackend.load
@@ -229,6 +234,8 @@ def test_what_cannot_be_built_or_run_stays_dense_with_its_reason(monkeypatch: py
         (row,) = sparsec.report(compiled).rows
         with torch.no_grad():
             assert torch.equal(compiled(x), layer(x)) == (row.decision == "dense")
+        if row.decision == "sparse":
+            sparsec.save(compiled, tmp_path / "cuda.sparsec")
         return row
 
     assert built_for("cuda").decision == "sparse"
@@ -254,6 +261,9 @@ def test_what_cannot_be_built_or_run_stays_dense_with_its_reason(monkeypatch: py
     with pytest.raises(ToolchainError, match="install the CUDA toolkit"):
         built_for("cuda", "error")
     assert cuda.CudaBackend.build is made
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DeviceError, match="saved for CUDA, and this process sees no CUDA device"):
+        sparsec.load(tmp_path / "cuda.sparsec")
 
 
 @emulates
