@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from structure_models import make
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import sparsec
 from sparsec.errors import SpecError
@@ -130,7 +131,14 @@ def test_hesso_halves_a_digits_network_within_two_points() -> None:
     zeroed, sample = copy.deepcopy(model).double(), x[:50].double()
     assert float((copy.deepcopy(small).double()(sample) - zeroed(sample)).detach().abs().max()) < 1e-6
     assert dense > 0.95 and accuracy >= dense - 0.02
-    assert sum(p.numel() for p in small.parameters()) < 0.5 * sum(p.numel() for p in model.parameters())
+    first, second = small[0].out_channels, small[4].out_channels
+    assert first + second == 28
+    expected = {small: (first, second), model: (24, 32)}
+    for net, (a, b) in expected.items():
+        with FlopCounterMode(display=False) as flops:
+            net(x[:1])
+        assert flops.get_total_flops() == 2 * (64 * 9 * a + 16 * 9 * a * b + 4 * b * 10)
+        assert sum(p.numel() for p in net.parameters()) == 12 * a + 9 * a * b + 3 * b + 40 * b + 10
 
 
 def test_hesso_leaves_the_others_to_their_optimiser() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from functools import cache
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from sparsec.sparsifiers import (
     Compose,
     Cubic,
     Fairness,
+    GlobalShare,
     Gradual,
     Magnitude,
     Random,
@@ -87,6 +88,24 @@ def test_wgsef_reaches_exactly_k_groups_as_it_grows() -> None:
     v = torch.randn(12, 4, dtype=torch.float64)
     alive = [int((envelope_prox(v, 3, lam).abs().sum(1) > 0).sum()) for lam in (0.01, 0.1, 1.0, 10.0, 1e3)]
     assert alive == sorted(alive, reverse=True) and alive[-1] == 3 and alive[0] > 3
+
+
+def test_wgsef_leaves_exactly_k_hidden_units_of_a_digits_network() -> None:
+    dense, model, k = accuracy(train(mlp(0), 250)), mlp(0), 32
+    weight = model[0].weight  # type: ignore[union-attr]
+    lams = iter([0.02] * 130 + [1e6])  # proximal steps, then the limit, which chooses
+    alive: list[torch.Tensor] = []
+
+    @torch.no_grad()
+    def step() -> None:
+        lam = next(lams, None)
+        found = envelope_prox(weight, k, lam) if lam is not None else weight
+        if lam == 1e6:
+            alive.append(found.abs().sum(1, keepdim=True) > 0)
+        weight.copy_(found if lam is not None and not alive else weight * alive[0])
+
+    train(model, 250, step)
+    assert int((weight != 0).any(1).sum()) == k and accuracy(model) >= dense - 0.02
 
 
 # FISH mask
@@ -317,34 +336,53 @@ def test_balancing_act_lowers_the_worst_excess_gap_on_digits() -> None:
 # Sparsified model twins
 
 
-def population() -> Iterator[tuple[nn.Module, nn.Module]]:
-    """Small nets of varied quality, each with a twin trained with variational dropout."""
-    for seed in range(4):
+@cache
+@torch.enable_grad()
+def zoo() -> list[tuple[nn.Sequential, nn.Sequential]]:
+    """Ten small nets of varied quality, each with a twin that variational dropout trained on from there."""
+    x, y, _, _ = digits()
+    found = []
+    for seed in range(10):
         torch.manual_seed(seed)
         plain = nn.Sequential(nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 10))
-        twin = nn.Sequential(VariationalLinear.of(plain[0]), nn.ReLU(), VariationalLinear.of(plain[2]))
+        train(plain, 40 + 20 * seed, seed=seed)
+        layers = [VariationalLinear.of(plain[0], -6.0), VariationalLinear.of(plain[2], -6.0)]
+        twin = nn.Sequential(layers[0], nn.ReLU(), layers[1])
+        noise = [m.log_sigma2 for m in layers]
+        weights = [p for m in layers for p in (m.weight, m.bias)]
+        adam = torch.optim.Adam([{"params": weights, "lr": 2e-3}, {"params": noise, "lr": 5e-2}])
+        picks = torch.randint(len(x), (240, 96), generator=torch.Generator().manual_seed(seed))
+        for step, pick in enumerate(picks):
+            adam.zero_grad()
+            penalty = layers[0].penalty() + layers[1].penalty()
+            loss = nn.functional.cross_entropy(twin(x[pick]), y[pick]) + min(1.0, step / 120) / len(x) * penalty
+            loss.backward()
+            adam.step()
+        found.append((plain, twin.eval()))
+    return found
 
-        def loss(output: torch.Tensor, labels: torch.Tensor, twin: nn.Sequential = twin) -> torch.Tensor:
-            cost = nn.functional.cross_entropy(output, labels)
-            return cost + 1e-2 / len(labels) * (twin[0].penalty() + twin[2].penalty())
 
-        steps = 40 * (seed + 1)
-        yield train(plain, steps, seed=seed), train(twin, steps, seed=seed, loss=loss).eval()
-
-
-def test_twins_agreement_with_their_originals() -> None:
+@torch.no_grad()
+def test_twins_of_a_zoo_agree_less_the_sparser_and_variational_dropout_bears_more_zeros() -> None:
     _, _, x, _ = digits()
-    dense_rates, pruned_rates = [], []
-    for plain, twin in population():
-        dense = plain(x).argmax(1)
-        kappas = [agreement(dense, sparsify(plain, Magnitude(s))(x).argmax(1)) for s in (0.3, 0.6, 0.9)]
-        assert kappas == sorted(kappas, reverse=True) and kappas[0] > 0.8
-        dropped = sparsify(twin, VariationalDropout.trained(0.5, twin))
-        assert agreement(twin(x).argmax(1), dropped(x).argmax(1)) > 0.5
-        assert zeros(dropped[0].weight) == round(0.5 * 64 * 24)
-        dense_rates.append(accuracy(plain))
-        pruned_rates.append(accuracy(sparsify(plain, Magnitude(0.5))))
-    assert np.corrcoef(dense_rates, pruned_rates)[0, 1] > 0
+    levels = (0.3, 0.5, 0.8, 0.9)
+    kappas, rates = np.zeros((2, 4)), np.zeros((2, 4))
+    dense, halves = [], []
+    for plain, twin in zoo():
+        own = plain(x).argmax(1)
+        for i, level in enumerate(levels):
+            dropped = sparsify(twin, VariationalDropout.trained(GlobalShare(level), twin))
+            for j, net in enumerate((sparsify(plain, Magnitude(level, scope="global")), dropped)):
+                kappas[j, i] += agreement(own, net(x).argmax(1)) / 10
+                rates[j, i] += accuracy(net) / 10
+        assert sum(zeros(m.weight) for m in dropped if isinstance(m, nn.Linear)) == round(0.9 * 24 * 74)
+        dense.append(accuracy(plain))
+        halves.append(accuracy(sparsify(plain, Magnitude(0.5, scope="global"))))
+    for row in kappas:
+        assert bool((np.diff(row) < 0.005).all()) and row[0] > 0.85 and row[-1] < 0.75
+    assert kappas[0, 0] > kappas[1, 0] and kappas[1, 2] > kappas[0, 2]  # the cross-over
+    assert rates[1, 2] > rates[0, 2] + 0.05
+    assert np.corrcoef(dense, halves)[0, 1] > 0.5
 
 
 # Random search
