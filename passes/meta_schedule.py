@@ -6,11 +6,10 @@ from torch import fx
 
 from sparsec.driver import Context
 from sparsec.errors import DependencyError, SpecError
-from sparsec.graph import Fact, get_constant
+from sparsec.graph import get_constant
 from sparsec.passes._propose import Candidate, Proposal
 from sparsec.passes._shortlist import expected_batches
 from sparsec.passes.select import UNKNOWN_BATCHES, Select
-from sparsec.report import Row
 
 MAX_TRIALS = 1024
 
@@ -43,12 +42,12 @@ class MetaSchedule(Select):
             raise DependencyError(f"schedules cannot be searched: {reason}")
         return super().run(gm, ctx)
 
-    def propose(self, gm: fx.GraphModule, node: fx.Node, fact: Fact, ctx: Context) -> Proposal | Row | None:
-        outcome = super().propose(gm, node, fact, ctx)
-        if isinstance(outcome, Proposal) and outcome.problem.op == "linear":
-            found = [self._searched(gm, outcome, candidate, ctx) for candidate in outcome.candidates]
-            outcome.candidates += [candidate for candidate in found if candidate is not None]
-        return outcome
+    def shortlist(self, gm: fx.GraphModule, proposal: Proposal, ctx: Context) -> list[Candidate]:
+        kept = super().shortlist(gm, proposal, ctx)
+        if proposal.problem.op != "linear":
+            return kept
+        found = [self._searched(gm, proposal, candidate, ctx) for candidate in kept]
+        return kept + [candidate for candidate in found if candidate is not None]
 
     def _searched(self, gm: fx.GraphModule, site: Proposal, candidate: Candidate, ctx: Context) -> Candidate | None:
         """The candidate with the schedule that was found, or None when none is better than the usual one."""

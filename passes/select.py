@@ -20,7 +20,7 @@ from sparsec.factors import Factor
 from sparsec.graph import Fact, get_constant, sites, update
 from sparsec.passes import _product
 from sparsec.passes._prepacked import Prepacked
-from sparsec.passes._propose import Proposal, dense_row, propose
+from sparsec.passes._propose import Candidate, Proposal, dense_row, propose
 from sparsec.passes._shortlist import batches, expected_batches, leading, shortlist
 from sparsec.passes._trial import Choice, Trial
 from sparsec.report import Row
@@ -48,6 +48,7 @@ class Select(Pass):
                 rows[fact.site] = outcome
             else:
                 rows[fact.site] = outcome.refused or dense_row(fact, codes.NEVER_CALLED)
+                outcome.candidates = self.shortlist(gm, outcome, ctx)
                 proposals[node] = outcome
         kernels = self._build(proposals, ctx, rows)
         trial = self.trial(gm, ctx, kernels)
@@ -72,6 +73,10 @@ class Select(Pass):
         decided = isinstance(ctx.spec.match(fact.site, fact.module), Factor) and fact.site in ctx.report
         return None if decided else propose(gm, node, fact, ctx)
 
+    def shortlist(self, gm: fx.GraphModule, proposal: Proposal, ctx: Context) -> list[Candidate]:
+        """The candidates that are built and timed."""
+        return shortlist(proposal, expected_batches(proposal) if ctx.has_examples else UNKNOWN_BATCHES, ctx)
+
     def trial(self, gm: fx.GraphModule, ctx: Context, kernels: Mapping[KernelSpec, Kernel | Exception]) -> Trial:
         """What decides between the candidates."""
         return Trial(gm, ctx, kernels)
@@ -80,9 +85,6 @@ class Select(Pass):
         """Every candidate's kernel, or its error; where none could be built, sites with candidates are done with."""
         from sparsec.progress import Progress
 
-        for proposal in proposals.values():
-            sizes = expected_batches(proposal) if ctx.has_examples else UNKNOWN_BATCHES
-            proposal.candidates = shortlist(proposal, sizes, ctx)
         specs = list(dict.fromkeys(c.spec for p in proposals.values() for c in p.candidates))
         begin = perf_counter()
         errors: dict[KernelSpec, SparsecError] = {}
