@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparsec.errors import DependencyError, SpecError, ToolchainError, nearest
+from sparsec.errors import DependencyError, SparsecError, SpecError, ToolchainError, nearest
 from sparsec.target import ISAS, Target
 
 SERIES = ("0.27",)  # others name modules and script functions differently
@@ -46,7 +46,7 @@ def _installed() -> str:
 def unsearchable() -> str | None:
     """Why MetaSchedule cannot search here, with what to install; None where it can.
 
-    What else it offers ends the process with 0.1.15: tuning by traces, its builders, its learnt cost model.
+    With 0.1.15 whatever replays traces ends the process, `tune_tir` among it; `search` does without.
     """
     ffi = _ffi()
     if tuple(int(part) for part in re.findall(r"[0-9]+", ffi)[:3]) in SEARCHES:
@@ -183,6 +183,8 @@ def search(
             results = [meta_schedule.runner.RunnerResult([s], None) for s in seconds]
             context.notify_runner_results(candidates, results)
         context.post_tuning()
+    except SparsecError:
+        raise
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         raise ToolchainError(f"TVM {version()}: MetaSchedule's search failed: {str(error)[-2000:]}") from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from sparsec.driver import Context
-from sparsec.errors import DependencyError, SpecError
+from sparsec.errors import DependencyError, SpecError, ToolchainError
 from sparsec.graph import get_constant
 from sparsec.passes._propose import Candidate, Proposal
 from sparsec.passes._shortlist import expected_batches
@@ -19,7 +19,8 @@ class MetaSchedule(Select):
 
     `DEFAULT.replace("select", MetaSchedule(trials=32))`, with `target="tvm"` and `tune="measure"`. The searched kernel
     competes with the usual one and with the dense op, and is verified as they are. The same `seed` draws the same
-    schedules. Raises SpecError for other targets and tunings, DependencyError where MetaSchedule cannot run.
+    schedules. Raises SpecError for other targets and tunings, DependencyError where MetaSchedule cannot run. A search
+    that fails is noted in the report, or with `fallback="error"` a ToolchainError.
     """
 
     name = "select"
@@ -59,7 +60,13 @@ class MetaSchedule(Select):
         batches = expected_batches(site) or UNKNOWN_BATCHES
         buffers = candidate.format.pack(weight)
         candidate.format.validate(buffers, *site.fact.matrix)
-        found = tvm_search.search(candidate.spec, buffers, batches, self.trials, self.seed)
+        try:
+            found = tvm_search.search(candidate.spec, buffers, batches, self.trials, self.seed)
+        except ToolchainError as error:
+            if ctx.options.fallback == "error":
+                raise
+            ctx.report.note(f"{site.fact.site}: no schedule was searched: {str(error).splitlines()[0]}")
+            return None
         ctx.report.note(
             f"{site.fact.site}: MetaSchedule timed {found.trials} schedules of {candidate.spec.variant}, and "
             + (f"the best was {found.gain:.2f}x as fast as that of the rules" if found.gain > 1 else "none was better")

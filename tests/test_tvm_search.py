@@ -206,14 +206,37 @@ def test_other_targets_tunings_and_numbers_are_refused():
 
 
 @searches
+def test_a_search_that_fails_is_noted_and_the_usual_schedule_kept(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tvm_variants, "_PLAN", ONE)
+
+    def search(*_: object) -> None:
+        raise ToolchainError("MetaSchedule's search failed: out of luck\nand more")
+
+    monkeypatch.setattr(tvm_search, "search", search)
+    layer, x = sparse(), torch.randn(16, 24)
+    keywords = {"target": "tvm:portable", "min_speedup": 0, "passes": _searching()}
+    report = sparsec.report(sparsec.compile(layer, CSR(), (x,), **keywords))
+    assert report.rows[0].variant == "linear_csr_tvm"
+    assert "<root>: no schedule was searched: MetaSchedule's search failed: out of luck" in report.notes
+    with pytest.raises(ToolchainError, match="out of luck"):
+        sparsec.compile(layer, CSR(), (x,), fallback="error", **keywords)
+
+
+@searches
 def test_what_metaschedule_itself_complains_of_is_a_typed_error():
     def rules(schedule: object, sample: tvm_compat.Sample) -> None:
         raise ValueError("no such loop")
 
     spec = spec_of()
+    module = tvm_compat.searchable(tvm.texts(spec).text_of(spec))
     with pytest.raises(ToolchainError, match=r"MetaSchedule's search failed: (.|\n)*no such loop"):
-        module = tvm_compat.searchable(tvm.texts(spec).text_of(spec))
         tvm_compat.search(module, rules, "portable", trials=1, each=1, seed=1, measure=lambda d: [])
+
+    def broken(draws: list[tuple[int, ...]]) -> list[float]:
+        raise SpecError("ours")
+
+    with pytest.raises(SpecError, match="^ours$"):
+        tvm_compat.search(module, lambda *_: None, "portable", trials=1, each=1, seed=1, measure=broken)
 
 
 def test_searched_kernels_pass_the_checks_of_all_kernels():
