@@ -6,6 +6,7 @@ import torch
 
 _SEED = 0xD1C7
 _ROUNDS = 30
+_TRIAL = 4  # of them, before one of two starts is chosen
 _STALLED = 1e-4
 _PURSUIT_STEPS = 16  # more nonzeros than this are taken several at a time
 
@@ -15,23 +16,38 @@ def ksvd(signals: torch.Tensor, atoms: int, nonzeros: int) -> tuple[torch.Tensor
 
     Returns codes, dictionary with unit rows, and the squared error after every round, which never rises (Aharon, Elad
     and Bruckstein, 2006): codes by pursuit unless the old ones did better, then each atom and its coefficients as the
-    leading singular pair of what the others leave, by one power iteration.
+    leading singular pair of what the others leave, by one power iteration. Rows that lie near one subspace want its
+    singular vectors to start from, others the rows themselves: after a few rounds of both the better one goes on.
     """
-    dictionary = _start(signals, atoms)
-    codes = torch.zeros(signals.shape[0], atoms, dtype=signals.dtype)
-    best = signals.square().sum(dim=1)
-    errors = [float(best.sum())]
-    for _ in range(_ROUNDS):
-        found = pursuit(signals, dictionary, nonzeros)
-        error = (signals - found @ dictionary).square().sum(dim=1)
-        codes = torch.where((error < best)[:, None], found, codes)
-        residual = signals - codes @ dictionary
-        _update(codes, dictionary, residual)
-        best = residual.square().sum(dim=1)
-        errors.append(float(best.sum()))
-        if errors[-2] - errors[-1] <= _STALLED * errors[-2]:
-            break
-    return codes, dictionary, errors
+    runs = [_Run(signals, start, nonzeros) for start in (_start(signals, atoms), _leading(signals, atoms, nonzeros))]
+    for run in runs:
+        run.go(_TRIAL)
+    best = min(runs, key=lambda run: run.errors[-1])
+    best.go(_ROUNDS - _TRIAL)
+    return best.codes, best.dictionary, best.errors
+
+
+class _Run:
+    """K-SVD from one start."""
+
+    def __init__(self, signals: torch.Tensor, dictionary: torch.Tensor, nonzeros: int) -> None:
+        self.signals, self.dictionary, self.nonzeros = signals, dictionary, nonzeros
+        self.codes = torch.zeros(signals.shape[0], len(dictionary), dtype=signals.dtype)
+        self.best = signals.square().sum(dim=1)
+        self.errors = [float(self.best.sum())]
+
+    def go(self, rounds: int) -> None:
+        """Up to `rounds` more, fewer where the error stalls."""
+        for _ in range(rounds):
+            found = pursuit(self.signals, self.dictionary, self.nonzeros)
+            error = (self.signals - found @ self.dictionary).square().sum(dim=1)
+            self.codes = torch.where((error < self.best)[:, None], found, self.codes)
+            residual = self.signals - self.codes @ self.dictionary
+            _update(self.codes, self.dictionary, residual)
+            self.best = residual.square().sum(dim=1)
+            self.errors.append(float(self.best.sum()))
+            if self.errors[-2] - self.errors[-1] <= _STALLED * self.errors[-2]:
+                break
 
 
 def pursuit(signals: torch.Tensor, dictionary: torch.Tensor, nonzeros: int) -> torch.Tensor:
@@ -99,3 +115,17 @@ def _start(signals: torch.Tensor, atoms: int) -> torch.Tensor:
     start = start + (scale if float(scale) > 0 else 1.0) * noise
     unit: torch.Tensor = start / start.norm(dim=1, keepdim=True)
     return unit
+
+
+def _leading(signals: torch.Tensor, atoms: int, nonzeros: int) -> torch.Tensor:
+    """Unit atoms: as many leading singular vectors as a row may take, then the rows that these serve worst."""
+    right = torch.linalg.svd(signals, full_matrices=False).Vh[: min(nonzeros, atoms)]
+    rest = signals - signals @ right.mT @ right
+    worst = rest.square().sum(dim=1).argsort(descending=True, stable=True)[: atoms - len(right)]
+    start = torch.cat([right, rest[worst]])
+    filler = _start(signals, atoms)[len(start) :]
+    sizes = start.norm(dim=1, keepdim=True)
+    scale = float(sizes.max()) if sizes.numel() else 0.0
+    kept = sizes[:, 0] > 1e-12 * scale if scale > 0 else torch.zeros(len(start), dtype=torch.bool)
+    unit = torch.where(kept[:, None], start / sizes.clamp_min(1e-300), _start(signals, atoms)[: len(start)])
+    return torch.cat([unit, filler])
