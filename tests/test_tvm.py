@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -300,6 +301,22 @@ def test_what_tvm_has_no_rule_for_is_refused_with_a_reason():
     ):  # fmt: skip
         with pytest.raises(SpecError, match=message):
             tvm_text.text_of(dataclasses.replace(good, **change))
+
+
+def test_whatever_else_the_catalogue_computes_is_refused_with_a_reason():
+    """(op, format, dtype) of every variant: TVM has a rule for it, or each variant says why it cannot."""
+    served, refused = set(), {}
+    for variant in catalog.builtin():
+        fmt = SimpleNamespace(name=variant.format, text=lambda name=variant.format: name)
+        for dtype in variant.dtypes:
+            mine = [v for v in catalog.variants_for(variant.op, variant.format, HERE) if v.language == "tvm"]
+            if any(dtype in v.dtypes for v in mine):
+                served.add((variant.op, variant.format, dtype))
+            elif not variant.serves(HERE):
+                refused[variant.name, dtype] = variant.refuse(Problem(variant.op, 64, 64, dtype, 400), fmt, HERE)
+    chain = catalog.variant("chain_tvm")
+    assert served == {("linear", v.format, "float32") for v in LINEAR} | {("chain", chain.format, "float32")}
+    assert len(refused) > 40 and all(reason and " needs " in reason for reason in refused.values())
 
 
 def test_broken_texts_are_errors_and_damaged_files_are_forgotten(small: tuple, tmp_path: Path):
