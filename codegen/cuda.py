@@ -20,7 +20,10 @@ from sparsec.errors import DeviceError, LoadError, ToolchainError
 from sparsec.target import Target, instruction_set
 
 FLAGS = ("-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden")
-INSTALL = "install the CUDA toolkit, 12.0 or later (Debian/Ubuntu: apt install nvidia-cuda-toolkit), with nvcc on PATH"
+INSTALL = (
+    "install the CUDA toolkit, 12.0 or later (Debian 13/Ubuntu 24.04: apt install nvidia-cuda-toolkit; or pip install "
+    "nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl), with nvcc on PATH"
+)
 COMPILE_SECONDS = 600.0
 
 
