@@ -66,6 +66,8 @@ MAY_ALSO: dict[str, tuple[set[str], str]] = {
     "codegen.render": ({"templates"}, "finds the template files"),
     "ops.linear": ({"verify"}, "a bucket that keeps its dense weight applies the same epilogue"),
     "passes.rewrite_merge": ({"codegen"}, "times merged linears"),
+    "passes.rewrite_layers": ({"codegen"}, "times norms and pools"),
+    "passes.restructure": ({"codegen"}, "times products of structured weights"),
     "passes.rewrite_terms": ({"codegen"}, "times rewritten expressions"),
     "passes.select": ({"codegen"}, "builds and times candidates"),
     "passes.meta_schedule": ({"codegen"}, "searches schedules of TVM kernels"),
