@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -77,11 +78,17 @@ def test_the_choice_is_the_same_every_time_and_the_best_of_all() -> None:
     assert lost(tuple(min(levels, key=lambda s: abs(s - c)) for c in chosen)) <= lost(best) + 0.01
 
 
-def test_a_compiled_model_takes_what_was_budgeted() -> None:
-    """The whole way, analyze, choose, prune, compile, on the cost model's milliseconds, which never vary."""
-    model, x = chain(8, 256), torch.randn(16, 256)
+@cache
+def analyzed() -> tuple[nn.Sequential, torch.Tensor, dict[float, Report]]:
+    """A model, its input, and the cost model's times at three levels, which never vary."""
+    model, x = chain(6, 256), torch.randn(16, 256)
     levels = (0.5, 0.7, 0.95)
-    timings = {s: sparsec.analyze(sparsify(model, Magnitude(s)), None, x, tune="model") for s in levels}
+    return model, x, {s: sparsec.analyze(sparsify(model, Magnitude(s)), None, x, tune="model") for s in levels}
+
+
+def test_a_compiled_model_takes_what_was_budgeted() -> None:
+    """The whole way, analyze, choose, prune, compile, on the cost model's milliseconds."""
+    model, x, timings = analyzed()
     least, most = (t.totals().us / 1e3 for t in (timings[0.95], timings[0.5]))
     assert least < 0.5 * most
     for share in (0.3, 0.8):
@@ -178,11 +185,10 @@ def test_a_report_may_be_the_measure() -> None:
 
 
 def test_a_budget_on_the_cost_models_milliseconds_is_met_through_the_compiler() -> None:
-    model, x = chain(8, 256), torch.randn(16, 256)
-    analyzed = lambda m: sparsec.analyze(m, None, x, tune="model")  # noqa: E731
-    timings = {s: analyzed(sparsify(model, Magnitude(s))) for s in (0.5, 0.7, 0.95)}
+    model, x, timings = analyzed()
     least, most = (timings[s].totals().us / 1e3 for s in (0.95, 0.5))
-    met = meet_budget(model, (least + most) / 2, Magnitude, timings, analyzed)
+    measure = lambda m: sparsec.analyze(m, None, x, tune="model")  # noqa: E731
+    met = meet_budget(model, (least + most) / 2, Magnitude, timings, measure)
     again = sparsec.report(sparsec.compile(met.model, None, x, tune="model"))
     assert abs(met.ratio - 1) <= 0.05 and Sensitivity(1.0, "ms", timings=timings).taken(again) == met.milliseconds
 
