@@ -68,8 +68,8 @@ class Dictionary(Factor):
         fmt = self._codes(shape[0])
         fmt.validate({k: buffers[k] for k in fmt.buffers}, shape[0], self.atoms)
         if buffers["values"].numel() != shape[0] * self.nonzeros:
-            found = buffers["values"].numel()
-            raise FormatError(f"{self.name}: {found} values of codes, expected {self.nonzeros} for each output")
+            count = buffers["values"].numel()
+            raise FormatError(f"{self.name}: {count} values of codes, expected {self.nonzeros} for each output")
 
     def accept(self, dense: torch.Tensor) -> torch.Tensor:
         if dense.is_complex():
