@@ -13,11 +13,13 @@ from sparsec.target import Target
 
 
 def needs(problem: Problem, fmt: Format, target: Target) -> str | None:
-    """A factored table whose operands are all dense, in real arithmetic."""
+    """A factored table whose operands are all dense; of narrow dtypes one whose rows take one product."""
     if not isinstance(fmt, FactoredRows):
         return "it looks rows of factored tables up"
     if any(operand.format is not None for plan in fmt.plans for operand in plan.operands):
         return "rows of a sparse operand cannot be looked up fast"
+    if problem.dtype != "float32" and (len(fmt.plans) > 1 or any(len(plan.equations) > 2 for plan in fmt.plans)):
+        return f"{problem.dtype} would be rounded between the products"
     return None
 
 

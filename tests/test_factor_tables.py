@@ -233,10 +233,20 @@ def test_torch_compile_and_export_take_the_result(case: str) -> None:
     assert torch.equal(torch.export.export(fast, (x,)).module()(x), fast(x))
 
 
+def test_narrow_dtypes_take_one_product() -> None:
+    net, x = frozen(Table().bfloat16()), example("table")
+    fast = sparsec.compile(net, LowRank(6), (x,), tune="off")
+    twin = copy.deepcopy(net)
+    twin.load_state_dict(sparsec.dense_state_dict(fast))
+    assert fast(x).dtype is torch.bfloat16 and sparsec.report(fast).rows[0].decision == "factored"
+    torch.testing.assert_close(fast(x), twin(x))
+
+
 def test_refusals_say_why() -> None:
     index, x = example("table"), example("batch")
     for net, factor, given, code, says in (
         (Table(), LowRank(2) + Sparse(0.9), index, codes.NO_VARIANT, "sparse operand cannot be looked up"),
+        (Table().bfloat16(), TABLES["train"], index, codes.NO_VARIANT, "bfloat16 would be rounded"),
         (Table(), LowRank(25), index, codes.FORMAT_REFUSES, "more than its full rank of 24"),
         (Table().double(), LowRank(5), index, codes.DTYPE, "float64"),
         (Batch(), LowRank(17), x, codes.FORMAT_REFUSES, "more than its full rank of 16"),
