@@ -27,7 +27,7 @@ from sparsec.codegen import catalog, tune
 from sparsec.codegen.build import build_kernels
 from sparsec.codegen.kernel import Problem
 from sparsec.codegen.rates import rates
-from sparsec.formats import BSR, Format, parse
+from sparsec.formats import BSR, Format, GroupInt4, parse
 from sparsec.target import Target
 
 SHAPES = ((768, 768), (3072, 768), (4096, 4096))
@@ -52,6 +52,11 @@ class Case:
     dtype: torch.dtype
     structure: Format | None = None
 
+    @property
+    def lossy(self) -> bool:
+        """Whether the format changes values, so that only a spec asks for it."""
+        return self.structure is not None and not self.structure.exact
+
 
 def grid(options: argparse.Namespace) -> Iterator[Case]:
     """The cells that the options ask for, those of one weight together."""
@@ -68,9 +73,11 @@ def grid(options: argparse.Namespace) -> Iterator[Case]:
 def kept(case: Case, weight: torch.Tensor) -> torch.Tensor:
     """The bool pattern of a case: exactly its share of entries or blocks at random places, or what the format keeps."""
     rows, cols = case.shape
-    if case.structure is not None and not isinstance(case.structure, BSR):
+    if case.structure is not None and not case.lossy and not isinstance(case.structure, BSR):
         return case.structure.choose(weight)
     r, c = (case.structure.r, case.structure.c) if isinstance(case.structure, BSR) else (1, 1)
+    if isinstance(case.structure, GroupInt4):
+        c = 16
     count = (rows // r) * (cols // c)
     keep = torch.zeros(count, dtype=torch.bool)
     keep[torch.randperm(count)[: round((1 - case.zeros) * count)]] = True
@@ -145,7 +152,7 @@ def run(case: Case, limits: Limits, rounds: int) -> dict[str, Any]:
     """Compile and time one cell."""
     layer = layer_of(case)
     x = torch.randn(case.batch, case.shape[1]).to(case.dtype)
-    compiled = sparsec.compile(layer, example_inputs=(x,), min_speedup=0)
+    compiled = sparsec.compile(layer, case.structure if case.lossy else None, (x,), min_speedup=0)
     row = sparsec.report(compiled).rows[0]
     times = interleave({**dense_calls(layer, x), "sparsec": installed_op(compiled, x)}, rounds)
     ours = times.pop("sparsec")
@@ -180,7 +187,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shape", type=int, nargs=2, metavar=("OUT", "IN"), help="one shape and not three")
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
     parser.add_argument("--zeros", type=float, nargs="+", default=ZEROS)
-    parser.add_argument("--structure", help='of the weight, as a format: "bsr(r=16,c=1)", "nm(n=2,m=4)"')
+    parser.add_argument("--structure", help='of the weight, as a format: "bsr(r=16,c=1)", "nm(n=2,m=4)", "group_int4"')
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", help="also write the rows here")
     parser.add_argument("--plot", help="also draw speed-ups against zeros, as SVG, here")

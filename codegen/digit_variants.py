@@ -6,7 +6,7 @@ from sparsec.codegen import plans
 from sparsec.codegen.catalog import Candidates, Choose, Variant
 from sparsec.codegen.kernel import Plan, Problem
 from sparsec.codegen.plans import Tile, codes_in
-from sparsec.formats import SELL, Bitmask, CSRGroups, Format, Pairs, Picks, Quantized
+from sparsec.formats import SELL, Bitmask, CSRGroups, Format, GroupInt4, Pairs, Picks, Quantized, SpQR
 from sparsec.formats.csr_groups import MAX_BLOCK
 from sparsec.target import Target
 
@@ -42,6 +42,11 @@ def once(problem: Problem, fmt: Format, target: Target, isa: str) -> tuple[tuple
     return ((((0, "gemv", 1),), ()),)
 
 
+def groups(problem: Problem, fmt: Format, target: Target, isa: str) -> tuple[tuple[Plan, Tile], ...]:
+    """GEMV for few rows of x, each of which decodes for itself in whole vectors; a panel decodes once for all."""
+    return ((((8, "gemv", 1), (16, "panel", 16), (0, "panel", 32)), ()),)
+
+
 def picks_formats(problem: Problem, target: Target) -> tuple[Format, ...]:
     """Where a byte permutation looks up activations."""
     return (Quantized(Picks()),) if "avx512vbmi2" in target.isas else ()
@@ -66,12 +71,21 @@ def mask_inside(problem: Problem, fmt: Format, target: Target) -> str | None:
 
 _BYTES = ("avx512vbmi2", *_C)
 
+
 def _half(fmt: str, choose: Choose, candidates: Candidates) -> Variant:
     """A kernel of fp32 sums whose operands are stored as float16: conversions come with every vector since AVX2."""
     return Variant(
         f"linear_{fmt}_fp16", "linear", fmt, f"linear_{fmt}.c.jinja", dtypes=("float16",),
         isas=_C, choose=choose, candidates=candidates,
     )  # fmt: skip
+
+
+def _digits(name: str, fmt: str) -> tuple[Variant, ...]:
+    """Kernels of groups in few bits, in fp32 and in bf16; the formats are lossy, so that only a spec asks for them."""
+    return tuple(
+        Variant(name + tail, "linear", fmt, f"{name}.c.jinja", dtypes=(dtype,), isas=_C, choose=groups)
+        for tail, dtype in (("", "float32"), ("_bf16", "bfloat16"))
+    )
 
 
 VARIANTS = (
@@ -95,5 +109,7 @@ VARIANTS = (
         "linear_bitmask_codes", "linear", Quantized.name, "linear_bitmask_codes.c.jinja",
         isas=_BYTES, choose=once, candidates=mask_formats, needs=mask_inside,
     ),
+    *_digits("linear_group_int4", GroupInt4.name),
+    *_digits("linear_spqr", SpQR.name),
 )  # fmt: skip
 """Joined to the catalogue."""

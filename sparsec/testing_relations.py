@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from sparsec import verify
-from sparsec.formats import Format
+from sparsec.formats import Format, Quantized
 from sparsec.ops.linear import OVERLOAD
 
 _HOMOGENEOUS = {"relu", "scale", "add"}  # f(2 y) = 2 f(y), exactly
@@ -137,8 +137,15 @@ def scaled_weight(t: Trial) -> str | None:
     return _scaled(t, t.weight * 0.5, t.x, 0.5)
 
 
+def _by_rows(t: Trial) -> bool:
+    """Whether what is stored of an entry depends on its row alone: codes of groups depend on what is beside them."""
+    return t.format.exact or isinstance(t.format, Quantized)
+
+
 def permuted_rows(t: Trial) -> str | None:
     """Outputs follow their weight rows."""
+    if not _by_rows(t):
+        return None
     order = t.order(t.weight.shape[0])
     found = t.again(
         t.weight[order], bias=None if t.bias is None else t.bias[order],
@@ -149,6 +156,8 @@ def permuted_rows(t: Trial) -> str | None:
 
 def permuted_columns(t: Trial) -> str | None:
     """The order of the input features does not matter."""
+    if not _by_rows(t):
+        return None
     order = t.order(t.weight.shape[1])
     found = t.again(t.weight[:, order], x=t.x[..., order])
     return None if found is None or not t.tame else t.off(found)

@@ -15,7 +15,7 @@ from sparsec.codegen.build import build_kernels
 from sparsec.codegen.kernel import DTYPES, Kernel, KernelSpec, Plan, Problem, Step
 from sparsec.codegen.render import render
 from sparsec.errors import SpecError
-from sparsec.formats import BSR, CSR, SELL, Bitmask, CSRGroups, Format, Pairs, Picks, Quantized
+from sparsec.formats import BSR, CSR, SELL, Bitmask, CSRGroups, Format, GroupInt4, Pairs, Picks, Quantized, SpQR
 from sparsec.target import Target
 
 HERE = Target.probe()
@@ -33,6 +33,10 @@ CASES: tuple[tuple[str, Format, int, int], ...] = (
     ("linear_picks", Quantized(Picks()), 16, 3),
     ("linear_bitmask_codes", Quantized(Bitmask(64)), 37, 301),
     ("linear_bitmask_codes", Quantized(Bitmask(64)), 3, 64),
+    ("linear_group_int4", GroupInt4(), 37, 53),
+    ("linear_group_int4_bf16", GroupInt4(), 34, 64),
+    ("linear_spqr", SpQR(40), 37, 53),
+    ("linear_spqr_bf16", SpQR(40), 34, 64),
 )
 
 
