@@ -13,6 +13,7 @@ import pytest
 GOLDEN = Path(__file__).parent / "golden"
 CACHE = "SPARSEC_CACHE_DIR"
 _made: list[str] = []
+_flags_of_users: list[Callable[..., tuple[str, ...]]] = []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -20,14 +21,45 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One fresh cache directory for all workers, which inherit the variable; each worker takes its share of cores."""
+    """One fresh cache directory for all workers, which inherit the variable; each takes its share of the cores."""
     if CACHE not in os.environ:
         _made.append(tempfile.mkdtemp(prefix="sparsec-tests-"))
         os.environ[CACHE] = _made[0]
+    if "soak" not in config.option.markexpr.replace("not soak", ""):
+        _compile_sooner()
     if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
         import torch
 
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+        share = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+        torch.set_num_threads(share)
+        os.environ.setdefault("OMP_NUM_THREADS", str(share))  # of processes that tests start
+
+
+def _compile_sooner() -> None:
+    """Build kernels with -O1 in half of the time: most tests check and never time them.
+
+    `user_flags` brings the flags of users back, for the share of the battery that every variant gets here. Processes
+    that tests start, examples among them, have those flags anyway.
+    """
+    from sparsec.codegen import toolchain
+
+    whole = toolchain.Toolchain.command
+
+    def command(
+        self: toolchain.Toolchain, isa: str, source: str = "<source>", output: str = "<output>"
+    ) -> tuple[str, ...]:
+        return tuple("-O1" if flag == "-O3" else flag for flag in whole(self, isa, source, output))
+
+    _flags_of_users.append(whole)
+    toolchain.Toolchain.command = command  # type: ignore[method-assign]
+
+
+@pytest.fixture
+def user_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler's flags as users get them, on every instruction set."""
+    from sparsec.codegen import toolchain
+
+    monkeypatch.setattr(toolchain.Toolchain, "command", _flags_of_users[0])
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -63,7 +63,9 @@ def run(kernel: Kernel) -> list[float]:
     return y.tolist()
 
 
-def test_kernels_are_built_once_and_found_again(compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_are_built_once_and_found_again(
+    compiled: list[str], user_flags: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     specs = [tiny_kernel.spec(n) for n in (100, 101, 102, 100)]
     steps: list[int] = []
     kernels = build.build_kernels(specs, HERE, progress=lambda: steps.append(1))
@@ -268,7 +270,7 @@ def wait_for(path: Path, running: subprocess.Popen[str]) -> None:
 
 
 def test_a_process_killed_midway_harms_nobody(
-    tmp_path: Path, compiled: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, compiled: list[str], user_flags: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two processes build the same kernels; the first stalls inside the compiler, holding locks, and is killed."""
     wrapper = tmp_path / "stallcc"

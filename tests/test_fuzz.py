@@ -22,6 +22,8 @@ from sparsec.target import Target
 from sparsec.testing import Case, Data
 from sparsec.testing_relations import RELATIONS, Trial
 
+pytestmark = pytest.mark.usefixtures("user_flags")
+
 TARGET = Target.probe()
 VARIANTS = [v.name for v in testing_kernels.variants(TARGET)]
 PLAIN = Data("uniform", 0.4, 9, "normal", "contiguous", 1, 5)

@@ -107,7 +107,7 @@ def test_a_compiler_that_cannot_start(tmp_path: Path) -> None:
     assert code == 127 and "cannot start" in text
 
 
-def test_commands_are_explicit_and_the_same_everywhere() -> None:
+def test_commands_are_explicit_and_the_same_everywhere(user_flags: None) -> None:
     tools = toolchain.Toolchain(("/usr/bin/gcc",), "gcc 12")
     for isa in ISAS.values():
         command = tools.command(isa.name)
