@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx
 
 from sparsec.aten import arguments, opname
@@ -102,8 +103,19 @@ def give_value(gm: fx.GraphModule, node: fx.Node) -> None:
     for read, value in values.items():
         if value is None and read.op == "get_attr":
             values[read] = mode.from_tensor(get_constant(gm, str(read.target)).detach())
+        elif getattr(value, "fake_mode", mode) is not mode:
+            values[read] = _remade(value, mode)
     if any(v is None for v in values.values()):
         return
     with mode:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
         node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _remade(value: torch.Tensor, mode: Any) -> torch.Tensor | None:
+    """A fake tensor of another mode, of which a graph has several once passes have folded parts, as one of `mode`."""
+    sizes = (*value.shape, *value.stride())
+    if not all(isinstance(size, int) for size in sizes):
+        return None
+    with mode:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)

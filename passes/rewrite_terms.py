@@ -20,7 +20,7 @@ from sparsec.aten import arguments, opname
 from sparsec.codegen import tune
 from sparsec.driver import Context
 from sparsec.graph import add_constant, constant_nodes, get_constant, owner
-from sparsec.passes.rewrite_graph import place
+from sparsec.passes.rewrite_graph import give_value, place
 
 if TYPE_CHECKING:
     from sparsec.passes.rewrite import Log
@@ -361,8 +361,6 @@ class _Writer:
     def _emit(self, target: Any, *args: Any) -> fx.Node:
         with self.gm.graph.inserting_before(self.root):
             node = self.gm.graph.call_function(target, args)
-        values = [a.meta.get("val") if isinstance(a, fx.Node) else a for a in args]
-        if all(v is not None or a is None for v, a in zip(values, args)):
-            node.meta["val"] = target(*values)
+        give_value(self.gm, node)
         self.made[node] = None
         return node

@@ -34,6 +34,12 @@ def test_a_bias_that_was_folded_between_two_annotates_is_seen() -> None:
     torch.testing.assert_close(cm(x), model(x))
 
 
+def test_parts_whose_shapes_were_recorded_apart_are_multiplied() -> None:
+    """`rewrite` joins two weights of which one was given its shape by another run of the tracer."""
+    plan = graphs.Plan(21000181, 17, "trace", order=65428, batch=2, writes=False)
+    assert graphs.failure(plan) == ""
+
+
 def test_random_orders_are_allowed_and_differ() -> None:
     drawn = [graphs.passes_of(len(graphs.ORDERS) + n) for n in range(200)]
     assert len(set(drawn)) > 100
