@@ -12,7 +12,6 @@ import torch
 from sparsec.codegen import catalog
 from sparsec.codegen.backend import Backend
 from sparsec.codegen.kernel import DTYPES, Kernel, KernelSpec, Problem, Source
-from sparsec.errors import SpecError
 from sparsec.factors._contraction import Contraction
 from sparsec.factors.batch_chain import FactoredBatch
 from sparsec.formats import Buffers, Format
@@ -25,17 +24,6 @@ def needs(problem: Problem, fmt: Format, target: Target) -> str | None:
         return "torch's products read the operands as the factor has them"
     if any(operand.format is not None for term in fmt.each.terms() for operand in term.operands):
         return "torch has no fast product with a sparse operand"
-    return None
-
-
-def chain_needs(problem: Problem, fmt: Format, target: Target) -> str | None:
-    """As generated chains: tiles, and a factor that is a chain of products."""
-    if not isinstance(fmt, FactoredBatch) or not fmt.tiled:
-        return "generated chains read tiled operands"
-    try:
-        fmt.fields()
-    except SpecError as error:
-        return str(error)
     return None
 
 

@@ -69,11 +69,11 @@ VARIANTS: tuple[Variant, ...] = (
     ),
     Variant(
         "bmm_chain", "bmm", "factored_batch", "chain.c.jinja", language="batch", steps=(),
-        isas=("avx512", "avx2", "portable"), choose=panels, needs=batched.chain_needs,
+        isas=("avx512", "avx2", "portable"), choose=panels, needs=chain_needs,
     ),
     Variant(
         "bmm_chain_bf16", "bmm", "factored_batch", "chain.c.jinja", language="batch", dtypes=("bfloat16",), steps=(),
-        isas=("avx512", "avx2", "portable"), choose=panels, needs=batched.chain_needs,
+        isas=("avx512", "avx2", "portable"), choose=panels, needs=chain_needs,
     ),
     Variant("bmm_torch", "bmm", "factored_batch", language="torch", steps=(), needs=batched.needs),
 )  # fmt: skip

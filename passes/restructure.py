@@ -13,7 +13,7 @@ from sparsec.algebra.rules import rule
 from sparsec.codegen import tune
 from sparsec.driver import Context, Pass
 from sparsec.errors import SpecError
-from sparsec.graph import KEY, constant_nodes, trace_into
+from sparsec.graph import constant_nodes, trace_into
 from sparsec.passes import restructure_forms as forms
 from sparsec.passes.restructure_forms import Derived, Form
 from sparsec.passes.rewrite import Log
@@ -75,12 +75,7 @@ class Restructure(Pass):
                     else:
                         log.refused(name, [place(node)], verdict.detail)
         gm.graph.eliminate_dead_code()
-        known = gm.meta.setdefault(KEY, {})
-        known["rewrites"] = (*known.get("rewrites", ()), *log.entries)
-        if ctx.report is not None:
-            for entry in log.entries:
-                ctx.report.note(str(entry))
-        return log.changes
+        return log.record(gm, ctx)
 
     def __repr__(self) -> str:
         return "Restructure()" if self.rules == tuple(RULES) else f"Restructure({list(self.rules)!r})"

@@ -60,6 +60,15 @@ class Log:
         if entry not in self.entries:
             self.entries.append(entry)
 
+    def record(self, gm: fx.GraphModule, ctx: Context) -> int:
+        """Put what happened into the graph's meta and the report; the number of changes."""
+        known = gm.meta.setdefault(KEY, {})
+        known["rewrites"] = (*known.get("rewrites", ()), *self.entries)
+        if ctx.report is not None:
+            for entry in self.entries:
+                ctx.report.note(str(entry))
+        return self.changes
+
 
 class Rewrite(Pass):
     """`linear(x, q), linear(x, k), linear(x, v) --> slices of linear(x, cat(q, k, v))`, and the other exact rules.
@@ -110,12 +119,7 @@ class Rewrite(Pass):
         if rewrite_layers.POOL in self.rules:
             rewrite_layers.stream(gm, ctx, log)
         fold_constants(gm)
-        known = gm.meta.setdefault(KEY, {})
-        known["rewrites"] = (*known.get("rewrites", ()), *log.entries)
-        if ctx.report is not None:
-            for entry in log.entries:
-                ctx.report.note(str(entry))
-        return log.changes
+        return log.record(gm, ctx)
 
     def __repr__(self) -> str:
         return "Rewrite()" if self.rules == RULES else f"Rewrite({list(self.rules)!r})"
