@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from engines import measure, missing
+from speedups import figure
 from timing import exclusive, headline, idle, interleave, write_json
 from torch import nn
 
 import sparsec
-from sparsec.sparsifiers import Magnitude
+from sparsec.sparsifiers import Block, Compose, Magnitude, Sparsifier
 
 Example = Callable[[int], torch.Tensor]
 
@@ -90,61 +95,102 @@ def values(output: Any) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else output.last_hidden_state
 
 
-def run(name: str, batch: int, zeros: float, rounds: int, peers: bool) -> dict[str, Any]:
+def pruner(zeros: float, block: int) -> Sparsifier:
+    """The sparsifier of a row: single weights, or `block` output channels of one input together."""
+    return Magnitude(zeros) if block == 1 else Compose(zeros, unit=Block(block, 1))
+
+
+class _Features(nn.Module):
+    """The feature map alone, as exporters want it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return values(self.model(x))
+
+
+def run(name: str, batch: int, zeros: float, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Prune, compile, check and time one row of the table."""
     make, example = NETWORKS[name]
     torch.manual_seed(0)
     dense, x = make().eval(), example(batch)
-    pruned = sparsec.sparsify(dense, Magnitude(zeros), where=prunable(dense))
+    pruned = sparsec.sparsify(dense, pruner(zeros, options.block), where=prunable(dense))
     compiled = sparsec.compile(pruned, example_inputs=(x,))
     want = values(pruned(x))
     difference = ((values(compiled(x)) - want).abs().max() / want.abs().max().clamp(min=1e-30)).item()
-    models: dict[str, Any] = {"eager": pruned, "sparsec": compiled}
-    if peers:
+    calls: dict[str, Callable[[], Any]] = {"sparsec": lambda: compiled(x), "eager": lambda: pruned(x)}
+    if options.compile:
         torch._dynamo.reset()
-        models["torch.compile"] = torch.compile(pruned)
-    times = interleave({n: (lambda m=m: m(x)) for n, m in models.items()}, rounds, round_s=0.02)
+        inductor = torch.compile(pruned)
+        calls["torch.compile"] = lambda: inductor(x)
+    ms: dict[str, float]
+    if options.peers:
+        ms = measure(_Features(pruned), (x,), calls, options.deepsparse, options.rounds, folder, 0.2)
+    else:
+        ms = {n: 1e3 * t.median for n, t in interleave(calls, options.rounds).items()}
     report = sparsec.report(compiled)
     return {
-        "model": name, "batch": batch, "zeros": zeros, "dtype": report.dtype, "difference": difference,
-        "ms": {n: 1e3 * t.median for n, t in times.items()},
-        "ratio": {n: times["eager"].median / t.median for n, t in times.items()},
-        "best_ms": {n: 1e3 * t.best for n, t in times.items()},
-        "sparse_sites": report.totals().sparse, "sites": report.totals().sites,
-        "timings": report.to_dict()["timings"], "repeated": times["eager"].repeated,
+        "model": name, "batch": batch, "zeros": zeros, "block": options.block, "dtype": report.dtype,
+        "difference": difference, "ms": ms, "ratio": ms["eager"] / ms["sparsec"],
+        "sparse_sites": report.totals().sparse, "sites": report.totals().sites, "timings": report.to_dict()["timings"],
     }  # fmt: skip
 
 
-@torch.inference_mode()
-def main() -> None:
+def show(row: dict[str, Any]) -> None:
+    """One line: ours, and how many times longer every peer takes."""
+    ours = row["ms"]["sparsec"]
+    peers = sorted((ms / ours, name) for name, ms in row["ms"].items() if name != "sparsec")
+    blocks = f" in blocks of {row['block']}" if row["block"] > 1 else ""
+    rest = "  ".join(f"{name} {ratio:.2f}x" for ratio, name in peers)
+    sites = f"{row['sparse_sites']} of {row['sites']} sites"
+    print(
+        f"{row['model']} x {row['batch']}, {row['zeros']:.0%} zeros{blocks}: {ours:.2f} ms ({sites});  {rest}",
+        flush=True,
+    )
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", help=f"of {', '.join(NETWORKS)}; default: all")
     parser.add_argument("--batch", type=int, action="append", help="default: 1 and 16")
     parser.add_argument("--zeros", type=float, action="append", help="default: 0.8 and 0.9")
+    parser.add_argument("--block", type=int, default=1, help="prune blocks of so many output channels")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=False, help="torch.compile as well")
+    parser.add_argument("--compile", action="store_true", help="torch.compile as well")
+    parser.add_argument(
+        "--peers", action="store_true", help="ONNX Runtime and OpenVINO as well, with pauses"
+    )
+    parser.add_argument("--deepsparse", metavar="PYTHON", help="with --peers: interpreter that has deepsparse 1.8.0")
     parser.add_argument("--quick", action="store_true", help="the audio network alone, few rounds")
     parser.add_argument("--json", help="also write the rows here")
+    parser.add_argument("--plot", help="also draw gains over eager against zeros, as SVG, here")
     options = parser.parse_args()
     if unknown := [name for name in options.models if name not in NETWORKS]:
         parser.error(f"unknown network {unknown[0]!r}; valid: {', '.join(NETWORKS)}")
-    names = ["audio"] if options.quick else options.models or list(NETWORKS)
-    batches = [1] if options.quick else options.batch or [1, 16]
-    sparsities = [0.9] if options.quick else options.zeros or [0.8, 0.9]
+    options.models = ["audio"] if options.quick else options.models or list(NETWORKS)
+    options.batch = [1] if options.quick else options.batch or [1, 16]
+    options.zeros = [0.9] if options.quick else options.zeros or [0.8, 0.9]
+    options.rounds = 3 if options.quick else options.rounds
+    return options
+
+
+@torch.inference_mode()
+def main() -> None:
+    options = arguments()
+    absent = missing() if options.peers else []
+    print(f"{headline()}, fp32" + (f"; not installed: {', '.join(absent)}" if absent else ""))
     rows = []
-    print(f"{headline()}, fp32; milliseconds (gain over eager)")
-    with exclusive():
+    with exclusive(), tempfile.TemporaryDirectory() as folder:
         if not idle(patience_s=1 if options.quick else 30):
             print("the machine is busy: ratios are what to trust")
-        for name in names:
-            for batch in batches:
-                for zeros in sparsities:
-                    row = run(name, batch, zeros, 3 if options.quick else options.rounds, options.peers)
-                    rows.append(row)
-                    figures = "  ".join(f"{n} {ms:.2f} ({row['ratio'][n]:.2f}x)" for n, ms in row["ms"].items())
-                    sites = f"{row['sparse_sites']} of {row['sites']} sites sparse"
-                    print(f"{name} x {batch}, {zeros:.0%} zeros: {figures}  [{sites}]", flush=True)
+        for name, batch, zeros in itertools.product(options.models, options.batch, options.zeros):
+            rows.append(run(name, batch, zeros, options, Path(folder)))
+            show(rows[-1])
     write_json(options.json, "cnn", rows)
+    if options.plot:
+        Path(options.plot).write_text(figure(rows, lambda row: f"{row['model']}, {row['dtype']}"), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -12,11 +12,20 @@ TICKS = (0.5, 1, 2, 4, 8, 16, 32, 64)
 COLOURS = ("#1b6ca8", "#d9822b", "#2a9d5c", "#a23b72", "#6b6b6b", "#8a6d00")
 
 
-def figure(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The figure of rows of `benchmarks/linear.py`: `out`, `in`, `dtype`, `structure`, `batch`, `zeros`, `ratio` and
-    `limit_ratio`. Speed-ups are on a logarithmic axis; the grey line is the dense op.
+Row = Mapping[str, Any]
+
+
+def layer(row: Row) -> str:
+    """The title of rows of `benchmarks/linear.py`."""
+    structure = f", {row['structure']}" if row["structure"] else ""
+    return f"{row['out']} x {row['in']}, {row['dtype']}{structure}"
+
+
+def figure(rows: Sequence[Row], title: Callable[[Row], str] = layer) -> str:
+    """The figure of rows with `batch`, `zeros`, `ratio` and perhaps `limit_ratio`: a panel for each title, speed-ups on
+    a logarithmic axis; the grey line is the dense op.
     """
-    panels = list(dict.fromkeys((r["out"], r["in"], r["dtype"], r["structure"]) for r in rows))
+    panels = list(dict.fromkeys(map(title, rows)))
     batches = sorted({r["batch"] for r in rows})
     width, height = WIDTH * len(panels), HEIGHT + 22
     parts = [
@@ -25,8 +34,8 @@ def figure(rows: Sequence[Mapping[str, Any]]) -> str:
         f'<rect width="{width}" height="{height}" fill="white"/>',
     ]
     for place, panel in enumerate(panels):
-        here = [r for r in rows if (r["out"], r["in"], r["dtype"], r["structure"]) == panel]
-        parts += [f'<g transform="translate({place * WIDTH} 0)">', *_panel(here, batches), "</g>"]
+        here = [r for r in rows if title(r) == panel]
+        parts += [f'<g transform="translate({place * WIDTH} 0)">', *_panel(panel, here, batches), "</g>"]
     for place, batch in enumerate(batches):
         x = LEFT + 70 * place
         parts.append(f'<line x1="{x}" y1="{HEIGHT + 8}" x2="{x + 16}" y2="{HEIGHT + 8}" stroke="{_colour(place)}"/>')
@@ -34,14 +43,10 @@ def figure(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _panel(rows: Sequence[Mapping[str, Any]], batches: Sequence[int]) -> list[str]:
-    """Axes, title and lines of one shape."""
-    first = rows[0]
-    title = f"{first['out']} x {first['in']}, {first['dtype']}" + (
-        f", {first['structure']}" if first["structure"] else ""
-    )
+def _panel(title: str, rows: Sequence[Row], batches: Sequence[int]) -> list[str]:
+    """Axes, title and lines of one panel."""
     zeros = sorted({r["zeros"] for r in rows})
-    ratios = [r[key] for r in rows for key in ("ratio", "limit_ratio")]
+    ratios = [r[key] for r in rows for key in ("ratio", "limit_ratio") if key in r]
     ticks = [t for t in TICKS if t <= 2 * max(ratios) and 2 * t >= min(1.0, *ratios)]
     parts = [f'<text x="{LEFT}" y="16" font-weight="bold">{escape(title)}</text>']
     for tick in ticks:
@@ -55,7 +60,7 @@ def _panel(rows: Sequence[Mapping[str, Any]], batches: Sequence[int]) -> list[st
     for place, batch in enumerate(batches):
         mine = sorted((r for r in rows if r["batch"] == batch), key=lambda r: float(r["zeros"]))
         for key, style in (("limit_ratio", ' stroke-dasharray="3 3" opacity="0.6"'), ("ratio", ' stroke-width="2"')):
-            points = " ".join(f"{_across(r['zeros'], zeros)},{_up(r[key], ticks)}" for r in mine)
+            points = " ".join(f"{_across(r['zeros'], zeros)},{_up(r[key], ticks)}" for r in mine if key in r)
             parts.append(f'<polyline points="{points}" fill="none" stroke="{_colour(place)}"{style}/>')
     return parts
 
