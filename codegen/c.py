@@ -8,7 +8,7 @@ import importlib.metadata
 import json
 from pathlib import Path
 
-from sparsec.codegen import render, toolchain
+from sparsec.codegen import headers, render, toolchain
 from sparsec.codegen.backend import Backend
 from sparsec.codegen.cache import Cache, open_cache
 from sparsec.codegen.kernel import Kernel, KernelSpec, Source
@@ -104,7 +104,14 @@ def _compile_once(cache: Cache, key: str, source: Source, tools: toolchain.Toolc
             place.write_text(source.text)
         except OSError as error:
             raise ToolchainError(f"cannot write {place}: {error.strerror}") from error
-        tools.compile(place, output, spec.isa)
+        header = headers.prepared(cache, tools, spec.isa, source.text)
+        try:
+            tools.compile(place, output, spec.isa, include=header)
+        except ToolchainError:
+            if header is None:
+                raise
+            tools.compile(place, output, spec.isa)  # says what is wrong, unless it was the header
+            headers.forget(cache, tools, spec.isa)
         facts = {"spec": spec.text(), "command": list(tools.command(spec.isa)), "compiler": tools.version}
         return cache.store(key, output, source.text, facts).library
 

@@ -157,15 +157,15 @@ class Cache:
             _write(path, _record({"value": value}), self.root / "tmp")
 
     @contextlib.contextmanager
-    def lock(self, key: str) -> Iterator[None]:
+    def lock(self, key: str, seconds: float | None = None) -> Iterator[bool]:
         """Hold the lock of a key against other threads and processes; the kernel releases it when a holder dies.
 
-        Where locks do not work (some network file systems) it is skipped: two builders then do the same work, and the
-        later rename wins.
+        Where locks do not work (some network file systems), or one is not had within `seconds`, the block runs without
+        and is told so (False): two builders then do the same work, and the later rename wins.
         """
-        descriptor = self._acquire(self._path("locks", key, ".lock"))
+        descriptor = self._acquire(self._path("locks", key, ".lock"), seconds)
         try:
-            yield
+            yield descriptor is not None
         finally:
             if descriptor is not None:
                 os.close(descriptor)

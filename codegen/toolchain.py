@@ -65,12 +65,15 @@ class Toolchain:
         searched = [f"{name}={os.environ[name]}" for name in _SEARCH_PATHS if name in os.environ]
         return "\n".join([self.version, f"tvm-ffi {tvm_ffi.__version__}", *searched])
 
-    def compile(self, source: Path, output: Path, isa: str, seconds: float | None = None) -> None:
-        """Compile `source` into the shared library `output`.
+    def compile(
+        self, source: Path, output: Path, isa: str, seconds: float | None = None, include: Path | None = None
+    ) -> None:
+        """Compile `source` into the shared library `output`, with `include` read before its first line.
 
         Raises ToolchainError with the command and the end of the compiler's output.
         """
-        command = self.command(isa, str(source), str(output))
+        ahead = () if include is None else ("-include", str(include))
+        command = (*self.command(isa, str(source), str(output)), *ahead)
         code, text = run(command, output.parent, seconds or COMPILE_SECONDS)
         if code is None:
             raise ToolchainError(

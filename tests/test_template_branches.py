@@ -12,7 +12,7 @@ import test_chain
 import test_conv
 from template_branches import Branches, templates, watching
 
-from sparsec.codegen import catalog, gather, render
+from sparsec.codegen import catalog, gather, headers, render
 from sparsec.codegen.kernel import KernelSpec, Problem, Step
 from sparsec.factors import LowRank, Sparse
 from sparsec.factors.chain import Factored
@@ -137,7 +137,8 @@ def walk(branches: Branches) -> None:
         stale = 0
         for spec in kernels(variant):
             before = branches.outcomes
-            render.render_file(variant.template, spec)
+            text = render.render_file(variant.template, spec)
+            assert headers.fits(text) == (variant.language == "c" and spec.isa != "portable"), text[:400]
             stale = 0 if branches.outcomes > before else stale + 1
             if stale > STALE and variant.language == "c":
                 break
