@@ -173,7 +173,7 @@ CATALOG: tuple[Variant, ...] = (
 _TABLES = (  # modules with further VARIANTS, imported when first asked for
     "sparsec.codegen.structured_variants", "sparsec.codegen.cuda_variants", "sparsec.codegen.tvm_variants",
     "sparsec.codegen.gather", "sparsec.codegen.conv_variants", "sparsec.codegen.dense_variants",
-    "sparsec.codegen.chain_variants", "sparsec.codegen.digit_variants",
+    "sparsec.codegen.chain_variants", "sparsec.codegen.digit_variants", "sparsec.codegen.tile_variants",
 )  # fmt: skip
 
 # other languages need no C compiler

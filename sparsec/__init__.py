@@ -60,6 +60,7 @@ try:
         Quantized,
         SpQR,
         TiledCSL,
+        Tiles,
         TwoFour,
         Window,
     )
@@ -178,6 +179,7 @@ __all__ = [
     "TensorRing",
     "TensorTrain",
     "TiledCSL",
+    "Tiles",
     "ToolchainError",
     "Tucker",
     "TwoFour",

@@ -40,12 +40,18 @@ _VBMI2 = (*_VNNI, "avx512vbmi", "avx512_vbmi2")
 _VBMI2_FLAGS = (*_VNNI_FLAGS, "-mavx512vbmi", "-mavx512vbmi2")
 _BF16 = (*_VBMI2, "avx512_bf16")
 _BF16_FLAGS = (*_VBMI2_FLAGS, "-mavx512bf16")
+_FP16 = (*_BF16, "avx512_fp16")
+_FP16_FLAGS = (*_BF16_FLAGS, "-mavx512fp16")
+AMX = ("amx_tile", "amx_bf16", "amx_int8")
+"""Features that the system lends to a process that asks; the registers are 8 KiB, which not every process pays for."""
+_AMX_FLAGS = (*_FP16_FLAGS, "-mamx-tile", "-mamx-bf16", "-mamx-int8")
 
 ISAS: dict[str, Isa] = {
     isa.name: isa
     for isa in (
         # name, arch, features, flags, fp32 lanes                                      first processors that have it
-        Isa("avx512fp16", "x86_64", (*_BF16, "avx512_fp16"), (*_BF16_FLAGS, "-mavx512fp16"), 16),  # Sapphire Rapids
+        Isa("amx", "x86_64", (*_FP16, *AMX), _AMX_FLAGS, 16),  # Sapphire Rapids: tiles of bf16 and of bytes
+        Isa("avx512fp16", "x86_64", _FP16, _FP16_FLAGS, 16),  # the same: half precision arithmetic
         Isa("avx512bf16", "x86_64", _BF16, _BF16_FLAGS, 16),  # Zen 4, Sapphire Rapids
         Isa("avx512vbmi2", "x86_64", _VBMI2, _VBMI2_FLAGS, 16),  # Ice Lake, Zen 4: expand and permute bytes and words
         Isa("avx512vnni", "x86_64", _VNNI, _VNNI_FLAGS, 16),  # Cascade Lake: dot products of bytes
@@ -72,11 +78,7 @@ def instruction_set(name: str) -> Isa:
     return found
 
 
-FEATURES: tuple[str, ...] = tuple(
-    sorted(
-        {*ISAS["avx512fp16"].features, "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8", "neon", "bf16", "i8mm", "sve"}
-    )
-)
+FEATURES: tuple[str, ...] = tuple(sorted({*ISAS["amx"].features, "neon", "bf16", "i8mm", "sve"}))
 """Every processor feature that a kernel of ours asks for or that decides a kernel's speed; others are not recorded."""
 
 _ARM_NAMES = {"asimd": "neon"}  # /proc/cpuinfo's name -> ours
@@ -175,8 +177,27 @@ def _probe() -> Target:
     arch = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower())
     cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
     name, features = read_cpuinfo(_read(Path("/proc/cpuinfo")))
+    if AMX[0] in features and not tiles_lent():
+        features = tuple(f for f in features if f not in AMX)
     l1d, l2, l3 = read_caches(Path(f"/sys/devices/system/cpu/cpu{cpus[0]}/cache"))
     return Target(arch, features, len(cpus), l1d, l2, l3, name or arch)
+
+
+_ARCH_PRCTL, _REQUEST, _TILE_DATA = 158, 0x1023, 18  # x86-64: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+
+
+@functools.cache
+def tiles_lent() -> bool:
+    """Ask the system, once for this process and all its threads, for the tile registers of AMX; whether it lends them.
+
+    A processor may list AMX where the system refuses: an old kernel, a sandbox, signal stacks that are too small.
+    """
+    import ctypes
+
+    try:
+        return bool(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST, _TILE_DATA) == 0)
+    except (OSError, AttributeError):
+        return False
 
 
 def _cuda(host: Target, detail: str) -> Target:

@@ -17,7 +17,7 @@ import torch
 from sparsec import verify
 from sparsec.codegen import catalog
 from sparsec.codegen.kernel import DTYPES, KernelSpec, Problem, Step
-from sparsec.formats import BSR, CSR, FORMATS, NM, NMG, Bitmask, Buffers, CSRGroups, FanIn, Format, Picks
+from sparsec.formats import BSR, CSR, FORMATS, NM, NMG, Bitmask, Buffers, CSRGroups, FanIn, Format, Picks, Tiles
 from sparsec.target import Target
 from sparsec.testing_relations import RELATIONS, Trial, run_packed
 
@@ -99,7 +99,8 @@ def draw_format(rng: np.random.Generator, name: str, rows: int, cols: int) -> Fo
     """A random resolved format of this name for a (rows, cols) weight."""
     make: Callable[..., Format] = FORMATS[name]
     if name == "bsr":
-        choice = ((1, 4), (4, 1), (16, 1), (1, 16), (4, 4), (8, 8), (16, 16), (3, 5), (2, 7))[int(rng.integers(9))]
+        small = (1, 4), (4, 1), (16, 1), (1, 16), (4, 4), (8, 8), (16, 16), (3, 5), (2, 7)
+        choice = (*small, (16, 32), (32, 64, 32))[int(rng.integers(11))]
         return make(*choice).resolve(rows, cols)
     if name == "csr":
         block = (None, 64, 128, 256)[int(rng.integers(4))]
@@ -123,8 +124,8 @@ def draw_format(rng: np.random.Generator, name: str, rows: int, cols: int) -> Fo
     if name == "fan_in":
         return make(int(rng.integers(1, min(cols, 40) + 1)), (None, 32)[int(rng.integers(2))]).resolve(rows, cols)
     if name == "quantized":
-        codes = (*(CSRGroups(block) for block in (None, 7, 64, 255)), Picks(), Bitmask(64))
-        return make(codes[int(rng.choice(6, p=(0.1, 0.1, 0.1, 0.1, 0.3, 0.3)))]).resolve(rows, cols)
+        codes = (*(CSRGroups(block) for block in (None, 7, 64, 255)), Picks(), Bitmask(64), Tiles())
+        return make(codes[int(rng.choice(7, p=(0.05, 0.05, 0.05, 0.1, 0.25, 0.25, 0.25)))]).resolve(rows, cols)
     if name == "csr_groups":
         return make((None, 7, 64, 128, 255)[int(rng.integers(5))]).resolve(rows, cols)
     if name == "pairs":

@@ -15,7 +15,20 @@ from sparsec.codegen.build import build_kernels
 from sparsec.codegen.kernel import DTYPES, Kernel, KernelSpec, Plan, Problem, Step
 from sparsec.codegen.render import render
 from sparsec.errors import SpecError
-from sparsec.formats import BSR, CSR, SELL, Bitmask, CSRGroups, Format, GroupInt4, Pairs, Picks, Quantized, SpQR
+from sparsec.formats import (
+    BSR,
+    CSR,
+    SELL,
+    Bitmask,
+    CSRGroups,
+    Format,
+    GroupInt4,
+    Pairs,
+    Picks,
+    Quantized,
+    SpQR,
+    Tiles,
+)
 from sparsec.target import Target
 
 HERE = Target.probe()
@@ -33,6 +46,10 @@ CASES: tuple[tuple[str, Format, int, int], ...] = (
     ("linear_picks", Quantized(Picks()), 16, 3),
     ("linear_bitmask_codes", Quantized(Bitmask(64)), 37, 301),
     ("linear_bitmask_codes", Quantized(Bitmask(64)), 3, 64),
+    ("linear_tiles", Tiles(), 37, 53),
+    ("linear_tiles_bf16", Tiles(), 37, 150),
+    ("linear_tiles_bf16", Tiles(), 16, 300),
+    ("linear_tiles_codes", Quantized(Tiles()), 37, 301),
     ("linear_group_int4", GroupInt4(), 37, 53),
     ("linear_group_int4_bf16", GroupInt4(), 34, 64),
     ("linear_spqr", SpQR(40), 37, 53),
@@ -191,7 +208,10 @@ def test_catalogue_offers_them_where_they_win() -> None:
 
 def test_quantised_formats_go_to_their_kernels_and_the_clock_sees_all_of_them() -> None:
     problem = Problem("linear", 64, 256, "float32", 64 * 128)
-    kinds = {"linear_quantized": CSRGroups(), "linear_picks": Picks(), "linear_bitmask_codes": Bitmask(64)}
+    kinds = {
+        "linear_quantized": CSRGroups(), "linear_picks": Picks(), "linear_bitmask_codes": Bitmask(64),
+        "linear_tiles_codes": Tiles(),
+    }  # fmt: skip
     for name, inner in kinds.items():
         for other in kinds.values():
             reason = catalog.variant(name).refuse(problem, Quantized(other), HERE)
@@ -199,7 +219,7 @@ def test_quantised_formats_go_to_their_kernels_and_the_clock_sees_all_of_them() 
             assert reason is None or "it reads codes in" in reason or "masks of 64" in reason
     wide = dataclasses.replace(problem, in_features=65537)
     assert "may overflow" in str(catalog.variant("linear_bitmask_codes").refuse(wide, Quantized(Bitmask(64)), HERE))
-    with pytest.raises(SpecError, match="by CSRGroups \\(or None\\), Picks or Bitmask"):
+    with pytest.raises(SpecError, match="by CSRGroups \\(or None\\), Picks, Bitmask or Tiles"):
         Quantized(CSR())
     fast = HERE if "avx512vbmi2" not in HERE.isas else HERE.limit("avx512vbmi2")
     offered = [f for name in kinds for f in catalog.variant(name).formats(problem, fast)]

@@ -25,12 +25,13 @@ from sparsec.formats.sell import SELL
 from sparsec.formats.spqr import SpQR
 from sparsec.formats.sum import Sum
 from sparsec.formats.tiled_csl import TiledCSL
+from sparsec.formats.tiles import Tiles
 from sparsec.formats.two_four import TwoFour
 from sparsec.formats.window import Window
 
 _BUILT_IN = (
     Dense, CSR, CSRGroups, SELL, Window, Bitmask, BSR, NM, FanIn, TiledCSL, TwoFour, GroupInt4, SpQR, Quantized, Pairs,
-    Picks, NMG, BlockNM, Permuted, Sum,
+    Picks, Tiles, NMG, BlockNM, Permuted, Sum,
 )  # fmt: skip
 FORMATS: dict[str, type[Format]] = {cls.name: cls for cls in _BUILT_IN}
 """Name in canonical text -> class. A user's formats join through `register_format`."""
@@ -159,6 +160,7 @@ __all__ = [
     "SpQR",
     "Sum",
     "TiledCSL",
+    "Tiles",
     "TwoFour",
     "Window",
     "nonzero",

@@ -14,6 +14,7 @@ from sparsec.formats._base import Buffers, Format
 from sparsec.formats.bitmask import Bitmask
 from sparsec.formats.csr_groups import CSRGroups
 from sparsec.formats.picks import Picks
+from sparsec.formats.tiles import Tiles
 
 QUAD = 4  # inputs that one dot product instruction takes per lane
 CENTRE = 128  # what kernels add to quantised activations, which makes them unsigned
@@ -26,9 +27,9 @@ class Quantized(Format):
     """Symmetric int8: w = scales[row] * code, |code| <= 127; codes that round to zero are not stored.
 
     Buffers: `scales` fp32 [rows]; those of `format` over the codes, `values` int8; `offsets` int32 [rows], -128 times
-    the sum of its codes. `format` is `Picks()`, `Bitmask(64)` or `CSRGroups()` (None). The last one stores quads,
-    aligned groups of four inputs that hold a nonzero code: it is over the (rows, ceil(cols / 4)) matrix of quads, four
-    codes to each of its values, and its block counts quads.
+    the sum of its codes. `format` is `Picks()`, `Bitmask(64)`, `Tiles()` or `CSRGroups()` (None). The last one stores
+    quads, aligned groups of four inputs that hold a nonzero code: it is over the (rows, ceil(cols / 4)) matrix of
+    quads, four codes to each of its values, and its block counts quads.
 
     Kernels quantise the activations of a token to int8 by the token's largest magnitude, so that products are exact
     integers; `blur` is the error that this makes. A token with a NaN or an infinity gives NaN in all of its outputs.
@@ -43,9 +44,9 @@ class Quantized(Format):
     def __post_init__(self) -> None:
         if self.bits != 8:
             raise SpecError(f"Quantized: bits={self.bits!r} is not supported; valid: 8")
-        if self.format is not None and not isinstance(self.format, (CSRGroups, Picks, Bitmask)):
+        if self.format is not None and not isinstance(self.format, (CSRGroups, Picks, Bitmask, Tiles)):
             raise SpecError(
-                f"Quantized: codes are stored by CSRGroups (or None), Picks or Bitmask, not by {self.format!r}"
+                f"Quantized: codes are stored by CSRGroups (or None), Picks, Bitmask or Tiles, not by {self.format!r}"
             )
 
     @property
