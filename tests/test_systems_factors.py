@@ -7,14 +7,12 @@ import math
 
 import pytest
 import torch
-from factor_tools import gram, weight
+from factor_tools import weight
 
-from sparsec.errors import FormatError
 from sparsec.factors import (
     CP,
     Butterfly,
     Circulant,
-    Dictionary,
     LowRank,
     Monarch,
     Separable,
@@ -23,8 +21,6 @@ from sparsec.factors import (
 )
 from sparsec.factors._base import relative_error
 from sparsec.factors._cp_fit import cp_als, sensitivity, stabilise
-from sparsec.factors._ksvd import ksvd
-from sparsec.factors._linalg import whitening
 from sparsec.factors.select import effective_rank, mode_spectra, pack_ranks, tucker_parameters
 from sparsec.factors.sketch import cur, nystrom
 from sparsec.factors.tensor_network import TensorNetwork, search
@@ -163,69 +159,6 @@ def test_stable_cpd_of_a_convolution():
     assert CP(108).fit(dense).error < 1e-5  # full rank
     fit = CP(rank).fit(dense)
     assert sum(t.numel() for t in fit.buffers.values()) == rank * (16 + 12 + 9)
-
-
-# CoSpaDi (2025) ------------------------------------------------------------------------------------------------------
-
-
-def _union_of_subspaces(out: int, width: int) -> torch.Tensor:
-    """Rows from six four-dimensional subspaces, and a little noise."""
-    bases = weight((6, 4, width), seed=21)
-    parts = [weight((out // 6, 4), seed=30 + i) @ bases[i] for i in range(6)]
-    return torch.cat(parts) + 0.05 * weight((out // 6 * 6, width), seed=22)
-
-
-@pytest.mark.parametrize(
-    ("kind", "factor"),
-    [("subspaces", Dictionary(24, 6)), ("subspaces", Dictionary(32, 8)), ("gaussian", Dictionary(32, 8)),
-     ("gaussian", Dictionary(48, 12))],
-    ids=str,
-)  # fmt: skip
-def test_cospadi_has_at_most_four_fifths_of_the_error_of_whitened_svd_at_equal_bytes(kind, factor):
-    """Bytes of the buffers that are stored, indices or masks included; the SVD's are rounded up to the next rank."""
-    width, out = 48, 192
-    dense = (_union_of_subspaces(out, width) if kind == "subspaces" else weight((out, width), seed=5)).float()
-    g = gram(width, rows=400)
-    fit = factor.fit(dense, g)
-    nbytes = factor.nbytes((out, width), 4)
-    assert nbytes == sum(t.numel() * t.element_size() for t in fit.buffers.values())
-    svd = LowRank(-(-nbytes // (4 * (out + width))))
-    assert nbytes <= svd.nbytes((out, width), 4) < nbytes + 4 * (out + width)
-    assert fit.error <= 0.8 * svd.fit(dense, g).error
-
-
-def test_cospadi_stores_masks_where_they_are_smaller_than_indices():
-    few, many = Dictionary(64, 2), Dictionary(48, 12)
-    assert "indices" in few.shapes((192, 48)) and "masks" in many.shapes((192, 48))
-    for factor in (few, many):
-        fit = factor.fit(weight((192, 48)))
-        factor.validate(fit.buffers, (192, 48))
-        stored = sum(t.numel() * t.element_size() for t in fit.buffers.values())
-        assert stored == factor.nbytes((192, 48), 8)
-        codes = factor.contract((192, 48))[0].operands[1].dense(fit.buffers)
-        assert int((codes != 0).sum(dim=1).max()) <= factor.nonzeros
-    with pytest.raises(FormatError):
-        many.validate({**fit.buffers, "values": fit.buffers["values"][1:]}, (192, 48))
-
-
-def test_cospadi_errors_fall_and_codes_are_exact():
-    dense, g = _union_of_subspaces(96, 32), gram(32, rows=200)
-    root = whitening(g)
-    codes, atoms, errors = ksvd(dense @ root, 16, 4)
-    assert all(b <= a * (1 + 1e-9) for a, b in itertools.pairwise(errors)) and len(errors) > 3
-    assert int((codes != 0).sum(dim=1).max()) <= 4
-    assert errors[-1] == pytest.approx(float((dense @ root - codes @ atoms).square().sum()), rel=1e-9)
-    fit = Dictionary(16, 4).fit(dense, g)
-    # the error on the outputs is the dictionary's own error on the transformed weight
-    assert fit.error == pytest.approx(errors[-1] ** 0.5 / float((dense @ root).norm()), rel=1e-6)
-    x = weight((5, 32))
-    expected = (x @ fit.buffers["atoms"].T) @ codes_of(Dictionary(16, 4), fit.buffers, (96, 32)).T
-    torch.testing.assert_close(Dictionary(16, 4).apply(x, fit.buffers, (96, 32)), expected)
-    assert Dictionary(16, 4).flops((96, 32), 5) == 2 * 5 * (16 * 32 + 96 * 4)
-
-
-def codes_of(factor: Dictionary, buffers: dict[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
-    return factor.contract(shape)[0].operands[1].dense(buffers)
 
 
 # Optimal Tucker core shapes (Ghadiri et al., ICML 2023) --------------------------------------------------------------
