@@ -9,7 +9,9 @@ import networkx as nx
 import pytest
 import torch
 
-from sparsec.algebra import KhatriRao, Sparse, Symmetric, plan, plan_many, rule
+import sparsec
+from sparsec.algebra import KhatriRao, Sparse, Symmetric, plan, plan_many, rule, rules
+from sparsec.algebra.attention import attention_flops, grid_means, kronecker_attention
 from sparsec.algebra.brauer import dense_matrix, equivariant, pairings, partitions, skew_form
 from sparsec.algebra.proof import prove
 from sparsec.errors import InputError, SpecError
@@ -170,12 +172,48 @@ def test_kronecker_attention_counts_and_equals_attention_on_the_means():
     means = 2 * (h * w) * (h + w) * 8 * 2
     assert scores / means == h * w / (h + w) == 32
     assert full.flops <= scores  # without the softmax attention is associative, and the planner knows
-    x = R(6, 5, 4)
-    context = torch.cat([x.mean(1), x.mean(0)])
-    q = x.reshape(-1, 4)
-    got = torch.softmax(q @ context.T / 2, -1) @ context
-    want = torch.nn.functional.scaled_dot_product_attention(q[None], context[None], context[None])[0]
-    torch.testing.assert_close(got, want)
+    assert attention_flops(h, w, 8, full=True) == scores and attention_flops(h, w, 8, full=False) == means
+    x = R(2, 30, 4)
+    context = torch.cat([x.reshape(2, 6, 5, 4).mean(2), x.reshape(2, 6, 5, 4).mean(1)], 1)
+    want = torch.softmax(x @ context.mT / 2, -1) @ context
+    torch.testing.assert_close(kronecker_attention(x, x, x, 6, 5), want)
+    both = torch.softmax(context @ context.mT / 2, -1) @ context
+    summed = both[:, :6, None] + both[:, None, 6:]
+    torch.testing.assert_close(kronecker_attention(x, x, x, 6, 5, queries=False), summed.reshape(2, 30, 4))
+    project = R(4, 4)  # projections commute with the means
+    torch.testing.assert_close(grid_means(x @ project, 6, 5), grid_means(x, 6, 5) @ project)
+    for bad in ((6, 4), (0, 30), (-6, -5)):
+        with pytest.raises(InputError, match="a grid of"):
+            kronecker_attention(x, x, x, *bad)
+    with pytest.raises(InputError, match="must agree"):
+        kronecker_attention(x[..., :3], x, x, 6, 5)
+
+
+class OnGrid(torch.nn.Module):
+    """Self-attention on an 8 x 8 grid, full or against the means."""
+
+    def __init__(self, means: bool) -> None:
+        super().__init__()
+        self.qkv, self.out, self.means = torch.nn.Linear(16, 48), torch.nn.Linear(16, 16), means
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        if self.means:
+            return self.out(kronecker_attention(q, k, v, 8, 8))
+        return self.out(torch.nn.functional.scaled_dot_product_attention(q, k, v))
+
+
+def test_kronecker_attention_takes_the_place_of_attention_only_by_hand():
+    torch.manual_seed(0)
+    full, swapped = OnGrid(means=False).eval(), OnGrid(means=True).eval()
+    swapped.load_state_dict(full.state_dict())
+    x = torch.randn(2, 64, 16)
+    with torch.no_grad():
+        compiled = [sparsec.compile(m, None, (x,), tune="off") for m in (full, swapped)]
+        for made, model in zip(compiled, (full, swapped)):
+            torch.testing.assert_close(made(x), model(x), rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(full(x), swapped(x), atol=1e-3)  # another function: no rule and no pass may do it
+    assert not [r.name for r in rules() if "attention" in r.name or "kronecker_attention" in r.statement]
 
 
 # -- tensor attention (Alman and Song 2023) ------------------------------------------------------------------------
@@ -258,6 +296,14 @@ def test_separable_fields_need_a_net_per_axis():
     torch.testing.assert_close(grid, each)
     assert evaluations == 3 * n and len(points) == n**3
     assert made.flops == n * n * rank + 2 * n**3 * rank < made.naive
+    # two layers of width 64 for each axis, on the axes or on every point of a 64^3 grid
+    n, width, rank = 64, 64, 16
+    net = 2 * (width * width + width * rank)
+    drawn = plan("xr,yr,zr->xyz", *[(n, rank)] * 3)
+    assert 3 * n**3 * net + 3 * n**3 * rank > 20 * (3 * n * net + drawn.flops)
+    monolithic = 2 * 3 * (width * width + width * rank)  # one network of as many values
+    assert n**3 * monolithic > 5 * (3 * n * net + drawn.flops)
+    n, rank = 9, 5
     train = plan("xr,rys,sz->xyz", R(n, rank), R(rank, n, rank), R(rank, n))
     tucker = plan("abc,xa,yb,zc->xyz", R(rank, rank, rank), *factors)
     assert train.flops < train.naive and tucker.flops < tucker.naive / 10
