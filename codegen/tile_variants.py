@@ -42,10 +42,12 @@ def codes_inside(problem: Problem, fmt: Format, target: Target) -> str | None:
 
 
 def tile_formats(problem: Problem, target: Target) -> tuple[Format, ...]:
-    """Where a processor multiplies pairs or tiles and few rows of x leave it waiting for the weight."""
-    if "avx512bf16" not in target.isas or not 0.05 < problem.density <= 0.7:
+    """In bf16, where tile registers multiply faster than weights come; without them where half the weight is stored and
+    none of it stays in L2, so that a dense product waits for it. In fp32 other kernels were faster everywhere."""
+    if problem.dtype != "bfloat16" or not 0.05 < problem.density <= 0.7 or "avx512bf16" not in target.isas:
         return ()
-    return (Tiles(),) if problem.dtype == "bfloat16" else ()
+    streams = problem.out_features * problem.in_features * 2 > target.l2
+    return (Tiles(),) if "amx" in target.isas or (streams and problem.density > 0.35) else ()
 
 
 def code_formats(problem: Problem, target: Target) -> tuple[Format, ...]:

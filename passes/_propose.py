@@ -26,7 +26,7 @@ AUTO_DENSITY = 0.7
 
 # structure kind -> format name that `Auto` tries beside the unstructured ones
 _STRUCTURED = {"block": "bsr", "nm": "nm", "fan_in": "fan_in"}
-_UNSTRUCTURED = ("tiled_csl", "csr", "csr_groups", "sell", "pairs", "window", "bitmask")
+_UNSTRUCTURED = ("tiled_csl", "csr", "csr_groups", "sell", "pairs", "tiles", "window", "bitmask")
 
 
 @dataclass(frozen=True)

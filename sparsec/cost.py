@@ -28,30 +28,36 @@ PACK = 0.5  # cycles to bring one activation into a panel, and one result out of
 
 @dataclass(frozen=True)
 class Rates:
-    """What one core of a machine sustains: fp32 `peak` in flops a second; bytes a second from L2, L3 and memory."""
+    """What one core of a machine sustains: fp32 `peak` in flops a second; bytes a second from L2, L3 and memory; and
+    `matrix`, flops a second in bf16 by tile registers or by dot products, 0 where the processor has neither."""
 
     peak: float
     l2: float = 60e9
     l3: float = 25e9
     memory: float = 12e9
+    matrix: float = 0.0
 
     @classmethod
     def nominal(cls, target: Target) -> Rates:
         """Two FMA pipes at 3 GHz, or one when vectors are 512 bits wide: for machines that were never measured."""
-        return cls(3.0e9 * flops_per_cycle(target))
+        times = 6.0 if "amx" in target.isas else 2.0 if "avx512bf16" in target.isas else 0.0
+        return cls(3.0e9 * flops_per_cycle(target), matrix=times * 3.0e9 * flops_per_cycle(target))
 
 
 @dataclass(frozen=True)
 class Rate:
     """What a format's kernels sustain: `share` of the peak on the columns they compute, padding included; cycles for
     every stored value once per panel (`per_value`) or in GEMV (`gemv`), and for every matrix position (`per_entry`,
-    `gemv_entry`): what ends of rows and empty masks cost."""
+    `gemv_entry`): what ends of rows and empty masks cost. `whole`: a tile that holds a value is multiplied whole;
+    `matrix`: at the rate of matrix products, where the operands are narrow."""
 
     share: float = 0.74
     per_value: float = 0.5
     gemv: float = 1.0
     per_entry: float = 0.15
     gemv_entry: float = 0.0
+    whole: bool = False
+    matrix: bool = False
 
 
 RATES: dict[str, Rate] = {
@@ -66,7 +72,10 @@ RATES: dict[str, Rate] = {
     "block_nm": Rate(share=0.7, per_value=0.2, gemv=0.3, per_entry=0.0),
     "nmg": Rate(share=0.35, gemv=1.0, per_entry=0.0),
     "quantized": Rate(share=1.4, gemv=0.4, per_entry=0.0),
+    "tiles": Rate(share=0.85, per_value=0.0, per_entry=0.13, whole=True, matrix=True),
+    "bsr_amx": Rate(share=0.6, per_value=0.0, per_entry=0.0, matrix=True),  # never measured, with room below a library
 }
+TILE = 512  # entries of a tile of bf16: it is empty when all of them are zeros
 _UNKNOWN = Rate(share=0.3, gemv=1.5, per_entry=0.0)
 
 
@@ -82,7 +91,7 @@ def _traffic(s: Any, size: Any, where: Where) -> Any:
 
 
 def _dense(s: Any, most: Most, where: Where, ceiling: Callable[[Any], Any]) -> Any:
-    rate = s.peak * DENSE_SHARE * s.batch / (s.batch + DENSE_HALF_BATCH)
+    rate = s.top * DENSE_SHARE * s.batch / (s.batch + DENSE_HALF_BATCH)
     work = 2 * s.out * s.inp * s.batch / rate
     size = s.out * s.inp * s.itemsize
     return CALL_US / 2 + 1e6 * most(work, _traffic(s, size, where)) / s.threads
@@ -95,18 +104,19 @@ def _gemv(s: Any, most: Most, where: Where, ceiling: Callable[[Any], Any]) -> An
 
 def _panel(s: Any, most: Most, where: Where, ceiling: Callable[[Any], Any]) -> Any:
     panels = ceiling(s.batch / s.columns)
-    flops = 2 * s.density * s.out * s.inp * panels * s.columns
+    flops = 2 * s.worked * s.out * s.inp * panels * s.columns
     cycles = (s.density * s.per_value + s.per_entry) * s.out * s.inp * panels + PACK * (s.inp + s.out) * s.batch
-    work = flops / (s.peak * s.share) + cycles / s.clock
+    work = flops / (s.top * s.share) + cycles / s.clock
     return CALL_US + 1e6 * most(work, _traffic(s, s.nbytes, where)) / s.threads
 
 
 _FORMULAS = {"dense": _dense, "gemv": _gemv, "panel": _panel}
 SYMBOLS = (
     "out", "inp", "batch", "density", "itemsize", "nbytes", "threads", "columns", "share", "per_value", "gemv",
-    "per_entry", "gemv_entry", "peak", "clock", "l2", "l3", "memory", "l2_bytes", "l3_bytes",
+    "per_entry", "gemv_entry", "worked", "top", "clock", "l2", "l3", "memory", "l2_bytes", "l3_bytes",
 )  # fmt: skip
-"""What the formulas are made of: the problem, the kernel, the machine."""
+"""What the formulas are made of: the problem, the kernel, the machine. `worked` is the share of positions multiplied,
+`top` the flops a second that its instructions allow."""
 
 
 def expression(routine: str) -> Any:
@@ -136,10 +146,13 @@ def sparse_us(
 ) -> float:
     """Microseconds of a candidate kernel at `batch` rows."""
     routine, columns = _routine(spec, batch)
-    rate = RATES.get(_innermost(fmt), _UNKNOWN)
+    rates = rates or Rates.nominal(target)
+    rate = rate_of(fmt, spec)
     facts = _facts(problem, batch, target, rates)
     stored = max(problem.nnz, 1)
     facts.update(
+        worked=1 - (1 - problem.density) ** TILE if rate.whole else problem.density,
+        top=_top(problem, fmt, rate, rates),
         columns=columns, share=rate.share, per_value=rate.per_value, gemv=rate.gemv, per_entry=rate.per_entry,
         gemv_entry=rate.gemv_entry,
         nbytes=fmt.nbytes(problem.out_features, problem.in_features, stored, int(facts["itemsize"])),
@@ -151,7 +164,8 @@ def _facts(problem: Problem, batch: int, target: Target, rates: Rates | None) ->
     rates = rates or Rates.nominal(target)
     return {
         "out": problem.out_features, "inp": problem.in_features, "batch": batch, "density": problem.density,
-        "itemsize": ITEMSIZE.get(problem.dtype, 4), "threads": max(1, problem.threads), "peak": rates.peak,
+        "itemsize": ITEMSIZE.get(problem.dtype, 4), "threads": max(1, problem.threads),
+        "top": rates.matrix if problem.dtype == "bfloat16" and rates.matrix else rates.peak,
         "clock": rates.peak / flops_per_cycle(target), "l2": rates.l2, "l3": rates.l3, "memory": rates.memory,
         "l2_bytes": target.l2, "l3_bytes": target.l3,
     }  # fmt: skip
@@ -160,6 +174,21 @@ def _facts(problem: Problem, batch: int, target: Target, rates: Rates | None) ->
 def _number(routine: str, facts: dict[str, float]) -> float:
     found = _FORMULAS[routine](SimpleNamespace(**facts), max, lambda test, a, b: a if test else b, math.ceil)
     return float(found)
+
+
+def _top(problem: Problem, fmt: Format, rate: Rate, rates: Rates) -> float:
+    """Flops a second that a kernel's instructions allow; a matrix unit takes twice as many bytes as bf16 at a time."""
+    if not (rate.matrix and rates.matrix):
+        return rates.peak
+    return 2 * rates.matrix if fmt.name == "quantized" else rates.matrix if problem.dtype == "bfloat16" else rates.peak
+
+
+def rate_of(fmt: Format, spec: KernelSpec) -> Rate:
+    """What the kernels of a format sustain."""
+    inner = fmt.fields().get("format")
+    if fmt.name == "quantized" and inner is not None and inner.name == "tiles":
+        return RATES["tiles"]
+    return RATES["bsr_amx"] if spec.variant == "linear_bsr_amx" else RATES.get(_innermost(fmt), _UNKNOWN)
 
 
 def _innermost(fmt: Format) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -13,9 +14,9 @@ from sparsec import cost
 from sparsec.codegen import catalog, rates
 from sparsec.codegen.kernel import KernelSpec, Problem
 from sparsec.cost import Rates
-from sparsec.formats import BSR, CSR, Format, Permuted
+from sparsec.formats import BSR, CSR, Format, Permuted, Quantized, Tiles
 from sparsec.sparsifiers import Magnitude
-from sparsec.target import Target
+from sparsec.target import ISAS, Target
 
 TARGET = Target.probe()
 RATES = Rates(2e11, 6e10, 2.5e10, 1.2e10)
@@ -41,7 +42,7 @@ def test_expressions_give_the_numbers(fmt: Format, batch: int) -> None:
     values: dict[str, Any] = {
         "out": 1024, "inp": 768, "batch": batch, "density": of.density, "itemsize": 4, "nbytes": size, "threads": 2,
         "columns": columns, "share": rate.share, "per_value": rate.per_value, "gemv": rate.gemv,
-        "per_entry": rate.per_entry, "gemv_entry": rate.gemv_entry, "peak": RATES.peak,
+        "per_entry": rate.per_entry, "gemv_entry": rate.gemv_entry, "worked": of.density, "top": RATES.peak,
         "clock": RATES.peak / cost.flops_per_cycle(TARGET),
         "l2": RATES.l2, "l3": RATES.l3, "memory": RATES.memory, "l2_bytes": TARGET.l2, "l3_bytes": TARGET.l3,
     }  # fmt: skip
@@ -63,6 +64,32 @@ def test_the_model_follows_density_threads_and_the_levels_of_memory() -> None:
     slow = Rates(1e15, 6e10, 2.5e10, 1e9)  # arithmetic for nothing: bytes alone count
     large = problem(8192, 8192, 0.5)
     assert cost.dense_us(large, 1, TARGET, slow) > 8192 * 8192 * 4 / 6e10 * 1e6
+
+
+def test_tiles_cost_what_a_dense_product_does_and_less_where_the_weight_streams() -> None:
+    """A tile is multiplied whole however few values it holds; blocks in tile registers cost by their number."""
+    amx = Target("x86_64", ISAS["amx"].features, l2=1 << 20, l3=32 << 20)
+    fast = Rates(1e11, 6e10, 2.5e10, 1.2e10, 6e11)
+    none = dataclasses.replace(fast, matrix=0.0)
+    at = {}
+    for density in (0.1, 0.5):
+        for name, fmt in (("linear_tiles_bf16", Tiles()), ("linear_bsr_amx", BSR(32, 32).resolve(1024, 768))):
+            of = dataclasses.replace(problem(density=density), dtype="bfloat16")
+            kernel = catalog.variant(name).specs(of, fmt, amx)[0]
+            at[name, density] = cost.sparse_us(of, fmt, kernel, 512, amx, fast)
+            assert cost.sparse_us(of, fmt, kernel, 512, amx, none) > 2 * at[name, density]
+    assert at["linear_tiles_bf16", 0.1] == pytest.approx(at["linear_tiles_bf16", 0.5], rel=1e-6)
+    assert at["linear_bsr_amx", 0.1] < 0.4 * at["linear_bsr_amx", 0.5]
+    of = dataclasses.replace(problem(8192, 8192, 0.5), dtype="bfloat16")
+    streamed = cost.sparse_us(
+        of, Tiles(), catalog.variant("linear_tiles_bf16").specs(of, Tiles(), amx)[0], 16, amx, fast
+    )
+    assert streamed < cost.dense_us(of, 16, amx, fast)
+    codes = Quantized(Tiles())
+    kernel = catalog.variant("linear_tiles_codes").specs(problem(), codes, amx)[0]
+    assert cost.sparse_us(problem(), codes, kernel, 512, amx, fast) < at["linear_tiles_bf16", 0.5]
+    assert Rates.nominal(amx).matrix > Rates.nominal(amx.limit("avx512bf16")).matrix > 0
+    assert Rates.nominal(amx.limit("avx2")).matrix == 0
 
 
 def test_rates_are_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:

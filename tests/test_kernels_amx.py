@@ -181,6 +181,15 @@ def test_built_for_amx_without_a_warning_and_with_its_instructions(number: int, 
         assert text.count("vpexpand") >= 32
 
 
+def test_text_of_blocks_in_tile_registers(golden: Callable[[str], None]) -> None:
+    """As it is printed, since no machine of ours runs it."""
+    golden(render(dataclasses.replace(_spec(3, ((0, "panel", 32),)), epilogue=())).text)
+
+
+def test_text_of_masked_tiles(golden: Callable[[str], None]) -> None:
+    golden(render(dataclasses.replace(_spec(0, ((0, "panel", 32),)), epilogue=())).text)
+
+
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: "-".join((CASES[n][0], CASES[n][1].text())))
 def test_native_kernel_equals_what_is_stored(number: int) -> None:
     here = Target.probe()
@@ -222,6 +231,18 @@ def test_catalogue_offers_tiles_where_they_can_run() -> None:
     assert "needs amx" in str(blocks.refuse(problem, BSR(16, 32), AMX.limit("avx512fp16")))
     for target_here, isa in ((AMX, "amx"), (AMX.limit("avx512fp16"), "avx512bf16"), (AMX.limit("avx2"), "portable")):
         assert catalog.variant("linear_tiles_bf16").specs(problem, Tiles(), target_here)[0].isa == isa
+    for dtype, density, here, offered in (
+        ("bfloat16", 0.1, AMX, True), ("bfloat16", 0.01, AMX, False), ("float32", 0.5, AMX, False),
+        ("bfloat16", 0.5, AMX.limit("avx512bf16"), True), ("bfloat16", 0.2, AMX.limit("avx512bf16"), False),
+        ("bfloat16", 0.5, AMX.limit("avx512"), False),
+    ):  # fmt: skip
+        of = dataclasses.replace(problem, dtype=dtype, nnz=round(768 * 768 * density))
+        variant = catalog.variant("linear_tiles_bf16" if dtype == "bfloat16" else "linear_tiles")
+        assert variant.formats(of, here) == ((Tiles(),) if offered else ())
+        codes = catalog.variant("linear_tiles_codes").formats(dataclasses.replace(of, dtype="float32"), here)
+        assert bool(codes) == (here is AMX and density > 0.05)
+    small = dataclasses.replace(problem, out_features=64, nnz=64 * 768 // 2)
+    assert catalog.variant("linear_tiles_bf16").formats(small, AMX.limit("avx512bf16")) == ()
     assert "more than 2097152" in str(
         catalog.variant("linear_tiles_bf16").refuse(
             dataclasses.replace(problem, in_features=(1 << 21) + 1, out_features=16), Tiles(), AMX
