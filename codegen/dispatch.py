@@ -1,4 +1,4 @@
-"""The ops' way around Python: a small C++ library that answers `sparsec::linear` and `sparsec::conv` for the CPU.
+"""The ops' way around Python: a small C++ library that answers `sparsec::linear`, `conv` and `stream` for the CPU.
 
 `torch.library` runs an op written in Python in 3 to 4 microseconds more than one written in C++. The library is built
 with the compiler that builds kernels, when that knows C++, and is kept in the same cache; without it the ops in Python
@@ -12,9 +12,12 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import shlex
 import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,6 +26,7 @@ from sparsec.codegen.c import package_version
 from sparsec.codegen.cache import open_cache
 from sparsec.codegen.kernel import Kernel
 from sparsec.codegen.render import TEMPLATES
+from sparsec.codegen.stream import Stream
 from sparsec.errors import SpecError, ToolchainError
 
 _SOURCE = TEMPLATES / "dispatch.cpp"
@@ -49,6 +53,30 @@ def admit(kernel: Kernel) -> None:
         _admitted.setdefault(text, kernel.call)
 
 
+def admit_stream(text: str, stream: Stream, calls: Sequence[Callable[..., object]]) -> None:
+    """Let calls of `sparsec::stream` with this text run its plan on these kernels, one for each step."""
+    library = _library()
+    if library is None or text in _admitted or not all(hasattr(call, "__chandle__") for call in calls):
+        return
+    sizes = [stream.shapes[i] for i in (*range(stream.inputs), *stream.outputs)]
+    code, bits = {"float32": (2, 32), "bfloat16": (4, 16)}[stream.dtype]
+    numbers = [
+        stream.inputs, len(stream.outputs), len(stream.shapes), len(calls), code, bits, stream.arena_bytes,
+        *(n for shape in sizes for n in (len(shape), *shape)),
+    ]  # fmt: skip
+    for (kind, at), shape in zip(stream.places, stream.shapes, strict=True):
+        numbers += [kind, at, math.prod(shape)]
+    operand = 0
+    for y, (step, call) in enumerate(zip(stream.steps, calls, strict=True), stream.inputs):
+        function: Any = call
+        numbers += [function.__chandle__(), step.x, step.residual, y, operand, int(step.bias), step.buffers]
+        operand += step.bias + step.buffers
+    encoded = text.encode()
+    table = (ctypes.c_int64 * len(numbers))(*numbers)
+    if not library.sparsec_dispatch_admit_stream(encoded, len(encoded), table):
+        _admitted.setdefault(text, calls)
+
+
 @functools.cache
 def text(number: int) -> str:
     """The kernel text that the library calls by this number. Raises SpecError for one that it never gave."""
@@ -73,6 +101,7 @@ def _install() -> ctypes.CDLL | None:
         library.sparsec_dispatch_admit.argtypes = [
             ctypes.c_char_p, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p,
         ]  # fmt: skip
+        library.sparsec_dispatch_admit_stream.argtypes = [ctypes.c_char_p, ctypes.c_uint64, ctypes.c_void_p]
         library.sparsec_dispatch_text.argtypes = [ctypes.c_int64, ctypes.c_void_p]
         library.sparsec_dispatch_text.restype = ctypes.c_void_p
         if code := library.sparsec_dispatch_install():

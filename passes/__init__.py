@@ -13,6 +13,7 @@ from sparsec.passes.meta_schedule import MetaSchedule
 from sparsec.passes.normalise import Normalise
 from sparsec.passes.pool import Pool
 from sparsec.passes.select import Select
+from sparsec.passes.stream import Stream
 
 DEFAULT = Pipeline(
     (
@@ -24,12 +25,13 @@ DEFAULT = Pipeline(
         Factorise(),  # before select, which leaves decided sites alone; lossy, so only where the spec names a factor
         Select(),  # needs the final weights and tails; decides by the clock and verifies
         Pool(),  # behind select: only the clock says whether it pays
-        Lower(),  # last: nothing reads a dense weight behind it
+        Lower(),  # nothing reads a dense weight behind it
+        Stream(),  # last: it marks kernels that stand in the graph
     )
 )
 """What `compile` runs. Edits by name give a new list: `DEFAULT.insert_before("select", MyPass())`."""
 
 __all__ = [
     "DEFAULT", "Annotate", "ConvRewrite", "Factorise", "Fold", "Fuse", "Lower", "MetaSchedule", "Normalise", "Pool",
-    "Select",
+    "Select", "Stream",
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from sparsec.errors import InputError
 from sparsec.graph import KEY
 from sparsec.install import validate
 from sparsec.private import privatise
+from sparsec.schedule import scheduled
 
 
 class FlatCodeGen(_PyTreeCodeGen):
@@ -80,8 +81,13 @@ class CompiledModule(fx.GraphModule):
         return found
 
     def recompile(self) -> Any:
-        """Regenerate `run` from the graph and put the binder in front of it."""
-        code = super().recompile()
+        """Regenerate `run` from the scheduled graph and put the binder in front of it."""
+        graph = self._graph
+        self._graph = scheduled(graph)
+        try:
+            code = super().recompile()
+        finally:
+            self._graph = graph
         cls: Any = type(self)
         if self.call is not None:
             cls.run = cls.forward

@@ -14,6 +14,7 @@ from sparsec.graph import KEY, Fact, fact
 from sparsec.recipes import Constant
 from sparsec.save_ops import ATTRIBUTES, WRITE_BACK, name_of, target_of
 from sparsec.save_values import decode, encode, identifier, integer, sequence, table, text
+from sparsec.schedule import STREAM
 
 NODES = 1_000_000
 _CALLS = ("call_function", "call_method")
@@ -53,6 +54,8 @@ def _about(node: fx.Node) -> dict[str, Any]:
             "shape": list(known.shape), "dtype": known.dtype, "nnz": known.nnz,
             "epilogue": [[s.name, [encode(float(p)) for p in s.params]] for s in known.epilogue],
         }  # fmt: skip
+    if STREAM in node.meta:
+        about["stream"] = node.meta[STREAM]
     return about
 
 
@@ -133,8 +136,10 @@ def _check_call(op: str, spelled: str, target: Any, args: tuple[Any, ...], kwarg
 
 
 def _read_about(node: fx.Node, about: Any) -> None:
-    if not isinstance(about, dict) or not set(about) <= {"module", "site"}:
-        raise LoadError("what is said about it is not an object with module and site")
+    if not isinstance(about, dict) or not set(about) <= {"module", "site", "stream"}:
+        raise LoadError("what is said about it is not an object with module, site and stream")
+    if "stream" in about:
+        node.meta[STREAM] = integer(about["stream"], "stream", high=NODES)
     if "module" in about:
         parts = sequence(about["module"], "module")
         if len(parts) != 3:

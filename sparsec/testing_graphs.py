@@ -24,7 +24,7 @@ from torch import fx, nn
 from sparsec import api
 from sparsec.driver import Context, Pass
 from sparsec.errors import CaptureError, PassError
-from sparsec.passes import DEFAULT, Annotate, ConvRewrite, Fold, Fuse, Lower, Normalise, Pool, Select
+from sparsec.passes import DEFAULT, Annotate, ConvRewrite, Fold, Fuse, Lower, Normalise, Pool, Select, Stream
 from sparsec.passes.rewrite import Rewrite
 from sparsec.testing_totals import DEFAULT_PATH, Totals, resume
 
@@ -78,7 +78,8 @@ def passes_of(order: int) -> tuple[type[Pass], ...]:
     )  # fmt: skip
     between = [kind for _ in range(rng.randrange(4)) for kind in rng.choice(choices)]
     after: list[type[Pass]] = [Pool] if rng.random() < 0.5 else []
-    return (Normalise, *before, Annotate, *between, Select, *after, Lower)
+    last: list[type[Pass]] = [Stream] if rng.random() < 0.5 else []
+    return (Normalise, *before, Annotate, *between, Select, *after, Lower, *last)
 
 
 def _prune(module: nn.Module, rng: random.Random) -> None:

@@ -1,13 +1,16 @@
-// sparsec::linear and sparsec::conv without Python: the same ops for kernels that this process has loaded.
+// sparsec::linear, sparsec::conv and sparsec::stream without Python: the same ops for kernels that this process has loaded.
 //
 // Registered for the CPU key through torch's stable C shim; whatever is not the plain case (a gradient that may be
 // wanted, a kernel that is not loaded yet, operands that the kernel refuses, a batch whose faster product is the dense
 // one) goes to the op `<name>_careful`, which Python implements and which words the errors. That op gets the number of a
 // kernel text, not the text: torch 2.13 leaks a string argument of torch_call_dispatcher.
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <string>
@@ -16,10 +19,20 @@
 #include <torch/csrc/stable/c/shim.h>
 #include <tvm/ffi/c_api.h>
 
+extern "C" {  // of the OpenMP runtime that torch has loaded
+void GOMP_parallel(void (*body)(void *), void *data, unsigned threads, unsigned flags);
+int omp_get_thread_num(void);
+int omp_get_num_threads(void);
+int omp_get_max_threads(void);
+void omp_set_num_threads(int);
+}
+
 namespace {
 
 constexpr int kMaxDims = 8;
 constexpr int kMaxBuffers = 24;
+
+struct Plan;
 
 struct Entry {
   std::string text;
@@ -29,6 +42,7 @@ struct Entry {
   int rank;                   // dimensions of one input: 1 for linear, 1 + spatial ones for a convolution
   int64_t in[kMaxDims];       // of one input
   int64_t out[kMaxDims];      // of one output
+  std::atomic<const Plan *> plan{nullptr};  // of a stream
 };
 
 // Open addressing; entries are never removed, and a full table is replaced, so that readers take no lock.
@@ -79,7 +93,7 @@ Entry *intern(const char *text, size_t size) {
     for (Entry *entry : numbered) put(*larger, entry);
     table.store(present = larger, std::memory_order_release);
   }
-  Entry *entry = new Entry{std::string(text, size), hash, static_cast<int64_t>(numbered.size()), {nullptr}, 0, {}, {}};
+  Entry *entry = new Entry{std::string(text, size), hash, static_cast<int64_t>(numbered.size()), {nullptr}, 0, {}, {}, {nullptr}};
   numbered.push_back(entry);
   put(*present, entry);
   return entry;
@@ -263,6 +277,212 @@ void call(StableIValue *stack, bool buckets, const char *careful) {
   std::memcpy(&stack[0], &y, sizeof y);
 }
 
+// -- streams ---------------------------------------------------------------------------------------------------------
+
+enum Kind : int64_t { kInput, kOutput, kArena };
+
+struct Value {
+  int64_t kind, at, elements;  // of one image; at: which tensor, or a byte of the arena
+};
+
+struct Call {
+  TVMFFIObjectHandle function;
+  int64_t x, residual, y;  // values; residual -1: none
+  int64_t operand, bias, buffers;
+};
+
+struct Plan {
+  std::vector<std::vector<int64_t>> in, out;  // sizes of one image
+  std::vector<Value> values;
+  std::vector<Call> calls;
+  DLDataType type;
+  int64_t item, arena, operands;  // bytes of an element and of an arena, number of tensors
+};
+
+// Blocks of memory that calls of streams borrow: as many as have ever run at once, each as large as the largest of them.
+class Arenas {
+ public:
+  struct Block {
+    char *bytes = nullptr;
+    size_t size = 0;
+    ~Block() { std::free(bytes); }
+  };
+  std::unique_ptr<Block> take(size_t size) {
+    std::unique_ptr<Block> block;
+    {
+      std::lock_guard<std::mutex> guard(lock_);
+      if (!free_.empty()) {
+        block = std::move(free_.back());
+        free_.pop_back();
+      }
+    }
+    if (!block) block.reset(new Block);
+    if (block->size < size) {
+      std::free(block->bytes);
+      block->size = 0;
+      block->bytes = static_cast<char *>(std::aligned_alloc(64, (size + 63) / 64 * 64));
+      if (block->bytes) block->size = size;
+    }
+    return block;
+  }
+  void give(std::unique_ptr<Block> block) {
+    std::lock_guard<std::mutex> guard(lock_);
+    free_.push_back(std::move(block));
+  }
+
+ private:
+  std::mutex lock_;
+  std::vector<std::unique_ptr<Block>> free_;
+};
+
+Arenas &arenas() {
+  static Arenas *all = new Arenas;  // threads may still run when statics are destroyed
+  return *all;
+}
+
+struct Run {
+  const Plan *plan;
+  const DLTensor *inputs, *outputs;
+  DLTensor *operands;
+  char *arena;
+  int64_t images;  // that are dealt whole
+  std::atomic<int> failed{0};
+};
+
+char *place(const Run &run, const Value &value, int64_t image, char *arena) {
+  if (value.kind == kArena) return arena + value.at;
+  const DLTensor &tensor = (value.kind == kInput ? run.inputs : run.outputs)[value.at];
+  return static_cast<char *>(tensor.data) + image * value.elements * run.plan->item;
+}
+
+// All layers of one image; false when a kernel refuses, whose words are dropped: Python asks again.
+bool layers(const Run &run, int64_t image, char *arena) {
+  const Plan &plan = *run.plan;
+  for (const Call &call : plan.calls) {
+    DLTensor views[3];
+    int64_t shapes[3];
+    const int64_t read[3] = {call.x, call.y, call.residual};
+    for (int i = 0; i < 3; ++i) {
+      if (read[i] < 0) continue;
+      const Value &value = plan.values[read[i]];
+      shapes[i] = value.elements;
+      views[i] = {place(run, value, image, arena), {kDLCPU, 0}, 1, plan.type, &shapes[i], nullptr, 0};
+    }
+    TVMFFIAny arguments[4 + kMaxBuffers], result;
+    arguments[0] = argument(&views[0]);
+    arguments[1] = argument(&views[1]);
+    arguments[2] = argument(call.bias ? run.operands + call.operand : nullptr);
+    arguments[3] = argument(call.residual < 0 ? nullptr : &views[2]);
+    for (int64_t i = 0; i < call.buffers; ++i) arguments[4 + i] = argument(run.operands + call.operand + call.bias + i);
+    std::memset(&result, 0, sizeof result);
+    if (TVMFFIFunctionCall(call.function, arguments, static_cast<int32_t>(4 + call.buffers), &result)) {
+      TVMFFIObjectHandle refusal = nullptr;
+      TVMFFIErrorMoveFromRaised(&refusal);
+      if (refusal) TVMFFIObjectDecRef(refusal);
+      return false;
+    }
+  }
+  return true;
+}
+
+// The images of one thread, which computes their layers alone.
+void share(void *data) {
+  Run &run = *static_cast<Run *>(data);
+  const int64_t t = omp_get_thread_num(), threads = omp_get_num_threads();
+  omp_set_num_threads(1);  // holds for this thread until the region ends
+  char *arena = run.arena + t * run.plan->arena;
+  for (int64_t i = run.images * t / threads; i < run.images * (t + 1) / threads && !run.failed.load(); ++i)
+    if (!layers(run, i, arena)) run.failed.store(1);
+}
+
+bool dense_view(AtenTensorHandle tensor, DLTensor *into, const Plan &plan, const std::vector<int64_t> &sizes) {
+  if (!view(tensor, into) || into->ndim != static_cast<int>(sizes.size()) + 1) return false;
+  if (into->dtype.code != plan.type.code || into->dtype.bits != plan.type.bits) return false;
+  int64_t stride = 1;
+  for (int i = into->ndim - 1; i >= 0; --i) {
+    if (i && into->shape[i] != sizes[i - 1]) return false;
+    if (into->shape[i] != 1 && into->strides[i] != stride) return false;
+    stride *= into->shape[i];
+  }
+  return true;
+}
+
+// Runs the stream into `made`, one new tensor for each output; false, with none left, when this is not the plain case.
+bool run_stream(StableListHandle inputs, StableListHandle operands, const Plan &plan, std::vector<AtenTensorHandle> *made) {
+  std::vector<DLTensor> views(plan.in.size() + plan.out.size() + plan.operands);
+  DLTensor *const in = views.data(), *const out = in + plan.in.size(), *const rest = out + plan.out.size();
+  size_t count;
+  StableIValue item;  // borrowed: the list still owns its tensors
+  if (torch_list_size(inputs, &count) || count != plan.in.size()) return false;
+  for (size_t i = 0; i < count; ++i) {
+    if (torch_list_get_item(inputs, i, &item)) return false;
+    if (!dense_view(handle<AtenTensorHandle>(item), in + i, plan, plan.in[i]) || in[i].shape[0] != in[0].shape[0]) return false;
+  }
+  if (torch_list_size(operands, &count) || count != static_cast<size_t>(plan.operands)) return false;
+  for (size_t i = 0; i < count; ++i)
+    if (torch_list_get_item(operands, i, &item) || !view(handle<AtenTensorHandle>(item), rest + i)) return false;
+
+  int32_t dtype;
+  if (torch_list_get_item(inputs, 0, &item) || aoti_torch_get_dtype(handle<AtenTensorHandle>(item), &dtype)) return false;
+  const int64_t images = in[0].shape[0];
+  for (size_t i = 0; i < plan.out.size(); ++i) {
+    int64_t shape[kMaxDims], strides[kMaxDims], stride = 1;
+    const int dims = static_cast<int>(plan.out[i].size()) + 1;
+    shape[0] = images;
+    std::copy(plan.out[i].begin(), plan.out[i].end(), shape + 1);
+    for (int j = dims - 1; j >= 0; --j) {
+      strides[j] = stride;
+      stride *= std::max<int64_t>(shape[j], 1);
+    }
+    AtenTensorHandle y;
+    if (aoti_torch_empty_strided(dims, shape, strides, dtype, aoti_torch_device_type_cpu(), 0, &y)) return false;
+    made->push_back(y);
+    if (!view(y, out + i)) return false;
+  }
+
+  const int64_t threads = std::max(1, omp_get_max_threads());
+  std::unique_ptr<Arenas::Block> block = arenas().take(static_cast<size_t>(threads * plan.arena + 64));
+  if (!block->bytes) return false;
+  Run run{&plan, in, out, rest, block->bytes, images / threads * threads};
+  if (run.images && threads > 1) GOMP_parallel(share, &run, 0, 0);
+  else run.images = 0;
+  for (int64_t i = run.images; i < images && !run.failed.load(); ++i)
+    if (!layers(run, i, run.arena)) run.failed.store(1);
+  arenas().give(std::move(block));
+  return !run.failed.load();
+}
+
+// stack: inputs, operands, stream; the arguments are ours, the list of outputs goes into stack[0].
+void stream(StableIValue *stack, uint64_t, uint64_t) {
+  const auto inputs = handle<StableListHandle>(stack[0]), operands = handle<StableListHandle>(stack[1]);
+  const auto text = handle<StringHandle>(stack[2]);
+  const Entry *entry = entry_of(text);
+  torch_delete_string(text);
+  const Plan *plan = entry ? entry->plan.load(std::memory_order_acquire) : nullptr;
+  std::vector<AtenTensorHandle> made;
+  if (!plan || aoti_torch_grad_mode_is_enabled() || !run_stream(inputs, operands, *plan, &made)) {
+    for (AtenTensorHandle y : made) aoti_torch_delete_tensor_object(y);
+    const int64_t number = entry ? entry->number : -1;
+    std::memcpy(&stack[2], &number, sizeof number);
+    if (torch_call_dispatcher("sparsec::stream_careful", "", stack, TORCH_ABI_VERSION)) {
+      const std::string what = torch_exception_get_what_without_backtrace();
+      throw std::invalid_argument(what.substr(0, what.find("\n\nAt:")));
+    }
+    return;
+  }
+  release_list(inputs);
+  release_list(operands);
+  StableListHandle outputs;
+  torch_new_list_reserve_size(made.size(), &outputs);
+  for (AtenTensorHandle y : made) {
+    StableIValue item;
+    std::memset(&item, 0, sizeof item);
+    std::memcpy(&item, &y, sizeof y);
+    torch_list_push_back(outputs, item);
+  }
+  std::memcpy(&stack[0], &outputs, sizeof outputs);
+}
+
 void linear(StableIValue *stack, uint64_t, uint64_t) { call(stack, false, "sparsec::linear_careful"); }
 void linear_buckets(StableIValue *stack, uint64_t, uint64_t) { call(stack, true, "sparsec::linear_buckets_careful"); }
 void conv(StableIValue *stack, uint64_t, uint64_t) { call(stack, false, "sparsec::conv_careful"); }
@@ -272,14 +492,15 @@ void conv_buckets(StableIValue *stack, uint64_t, uint64_t) { call(stack, true, "
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// Register the four ops; 0, or what the shim answers. Called once per process, after Python has defined them.
+// Register the ops; 0, or what the shim answers. Called once per process, after Python has defined them.
 EXPORT int sparsec_dispatch_install() {
   TorchLibraryHandle library;  // lives as long as the process
   if (int error = aoti_torch_library_init_impl("sparsec", "CPU", "dispatch.cpp", 0, &library)) return error;
   if (int error = torch_library_impl(library, "linear", linear, TORCH_ABI_VERSION)) return error;
   if (int error = torch_library_impl(library, "linear_buckets", linear_buckets, TORCH_ABI_VERSION)) return error;
   if (int error = torch_library_impl(library, "conv", conv, TORCH_ABI_VERSION)) return error;
-  return torch_library_impl(library, "conv_buckets", conv_buckets, TORCH_ABI_VERSION);
+  if (int error = torch_library_impl(library, "conv_buckets", conv_buckets, TORCH_ABI_VERSION)) return error;
+  return torch_library_impl(library, "stream", stream, TORCH_ABI_VERSION);
 }
 
 // Let calls with this kernel text run `function`, a tvm-ffi function that the caller keeps alive. `in` and `out` are the
@@ -294,6 +515,37 @@ EXPORT int sparsec_dispatch_admit(const char *text, uint64_t size, void *functio
   std::memcpy(entry->in, in, rank * sizeof *in);
   std::memcpy(entry->out, out, rank * sizeof *out);
   entry->function.store(function, std::memory_order_release);
+  return 0;
+}
+
+// Let calls with this text run a stream. `numbers`: inputs, outputs, values, calls, type code, bits, arena bytes; for each
+// input and output its dimensions and sizes; kind, at, elements of every value; and of every call its function, which the
+// caller keeps alive, x, residual, y, first operand, bias, buffers. The first plan of a text stays.
+EXPORT int sparsec_dispatch_admit_stream(const char *text, uint64_t size, const int64_t *numbers) {
+  std::unique_ptr<Plan> plan(new Plan);
+  const int64_t inputs = *numbers++, outputs = *numbers++, values = *numbers++, calls = *numbers++;
+  plan->type.code = static_cast<uint8_t>(*numbers++);
+  plan->type.bits = static_cast<uint8_t>(*numbers++);
+  plan->type.lanes = 1;
+  plan->item = plan->type.bits / 8;
+  plan->arena = *numbers++;
+  for (int64_t i = 0; i < inputs + outputs; ++i) {
+    const int64_t dims = *numbers++;
+    if (dims < 1 || dims >= kMaxDims) return 1;
+    (i < inputs ? plan->in : plan->out).emplace_back(numbers, numbers + dims);
+    numbers += dims;
+  }
+  for (int64_t i = 0; i < values; ++i, numbers += 3) plan->values.push_back({numbers[0], numbers[1], numbers[2]});
+  plan->operands = 0;
+  for (int64_t i = 0; i < calls; ++i, numbers += 7) {
+    const auto function = reinterpret_cast<TVMFFIObjectHandle>(numbers[0]);
+    if (numbers[6] > kMaxBuffers) return 1;
+    plan->calls.push_back({function, numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6]});
+    plan->operands = std::max(plan->operands, numbers[4] + numbers[5] + numbers[6]);
+  }
+  std::lock_guard<std::mutex> guard(growing);
+  Entry *entry = intern(text, size);
+  if (!entry->plan.load(std::memory_order_relaxed)) entry->plan.store(plan.release(), std::memory_order_release);
   return 0;
 }
 

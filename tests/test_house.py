@@ -61,6 +61,8 @@ MAY_ALSO: dict[str, tuple[set[str], str]] = {
     "codegen.torch_chain": ({"factors", "verify"}, "multiplies by a factor's operands, and applies the epilogue"),
     "codegen.torch_rows": ({"factors"}, "looks rows up in a factor's operands"),
     "codegen.batched": ({"factors"}, "multiplies by a batch of factors' operands"),
+    "schedule": ({"codegen", "ops"}, "knows which ops can be steps of a stream"),
+    "passes.stream": ({"codegen", "ops"}, "times a stream against its nodes"),
     "passes.pool": ({"codegen", "ops"}, "times its kernel against torch's"),
     "passes.factor": ({"codegen"}, "asks the catalogue for chains"),
     "codegen.render": ({"templates"}, "finds the template files"),

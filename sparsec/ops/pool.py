@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from sparsec.codegen import pool
 from sparsec.codegen.build import get_kernel
-from sparsec.codegen.kernel import DTYPES, Conv
+from sparsec.codegen.kernel import DTYPES, Conv, KernelSpec
 from sparsec.errors import SpecError, ToolchainError
 
 _LIBRARY = torch.library.Library("sparsec", "FRAGMENT")
@@ -44,13 +44,29 @@ def find(
     dilation: tuple[int, ...],
 ) -> Kernel | None:  # fmt: skip
     """(call, shape of an output image) of the kernel for images of `shape`, built on first use; None without one."""
+    spec = _spec(shape, dtype, kernel, stride, padding, dilation)
+    try:
+        return (get_kernel(spec.text()).call, spec.output_shape) if spec is not None else None
+    except (SpecError, ToolchainError):
+        return None
+
+
+def spec_of(shape: tuple[int, ...], dtype: str, *numbers: Any) -> KernelSpec | None:
+    """The kernel that the op runs on images of this shape, with its other arguments as they stand in a graph."""
+    if len(shape) != 3 or not all(isinstance(n, int) for n in shape) or len(numbers) != 4:
+        return None
+    return _spec(shape, dtype, *(tuple(n) for n in numbers))
+
+
+def _spec(
+    shape: tuple[int, ...], dtype: str, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> KernelSpec | None:  # fmt: skip
     if dtype not in pool.VARIANT.dtypes or any(2 * p > k for p, k in zip(padding, kernel, strict=True)):
         return None
     channels, *size = shape
     try:
-        conv = Conv(tuple(size), kernel, stride, padding, padding, dilation, channels)
-        spec = pool.spec(channels, conv, dtype)
-        return (get_kernel(spec.text()).call, (channels, *conv.out)) if spec is not None else None
+        return pool.spec(channels, Conv(tuple(size), kernel, stride, padding, padding, dilation, channels), dtype)
     except (SpecError, ToolchainError):
         return None
 
