@@ -23,7 +23,6 @@ from sparsec.factors._base import relative_error
 from sparsec.factors._cp_fit import cp_als, sensitivity, stabilise
 from sparsec.factors.select import effective_rank, mode_spectra, pack_ranks, tucker_parameters
 from sparsec.factors.sketch import cur, nystrom
-from sparsec.factors.tensor_network import TensorNetwork, search
 from sparsec.factors.tucker import hooi
 
 
@@ -107,6 +106,18 @@ def test_butterfly_is_the_fast_transform():
         assert fit.error < 1e-12
         assert Butterfly().flops((n, n), 1) == 2 * 2 * n * 5  # 2 n log2 n products
     assert Butterfly().fit(fourier(n)).error > 0.1  # the bit reversal is part of the claim
+
+
+def test_butterfly_holds_the_cosine_transform():
+    """DCT-II is the real part of a scaled Fourier transform of reordered inputs (Makhoul, 1980): one butterfly."""
+    n = 32
+    k, rows = torch.arange(n, dtype=torch.float64), reversed_digits(n)
+    order = torch.cat([torch.arange(0, n, 2), torch.arange(1, n, 2).flip(0)])
+    turned = torch.polar(torch.ones(n, dtype=torch.float64), -math.pi * k / (2 * n))
+    fit = Butterfly().fit((turned[:, None] * fourier(n))[rows])
+    cosine = torch.cos(math.pi * k[:, None] * (2 * k + 1) / (2 * n))
+    torch.testing.assert_close(Butterfly().reconstruct(fit.buffers, (n, n)).real, cosine[rows][:, order])
+    assert fit.error < 1e-12 and Butterfly().flops((n, n), 1) < 2 * n * n
 
 
 # Stable CPD (Phan et al., ECCV 2020) ---------------------------------------------------------------------------------
@@ -238,47 +249,6 @@ def test_one_way_filters():
     laplace[0, 0, :, 1] += stencil
     laplace[0, 0, 1, :] += stencil
     assert Separable(2).fit(laplace).error < 1e-12 < 0.1 < Separable(1).fit(laplace).error
-
-
-# Implicit multiple tensor decomposition: the triple form is a network on a triangle ----------------------------------
-
-
-def test_triple_decomposition():
-    p, q, r = 2, 3, 2
-    a, b, c = weight((6, r, q)), weight((5, r, p), seed=1), weight((4, q, p), seed=2)
-    tensor = torch.einsum("irq,jrp,kqp->ijk", a, b, c)
-    factor = TensorNetwork(((0, 1, r), (0, 2, q), (1, 2, p)), outs=(6,), ins=(5, 4))
-    built = factor.reconstruct({"core_0": a, "core_1": b, "core_2": c}, (6, 20))
-    torch.testing.assert_close(built.reshape(6, 5, 4), tensor)
-    assert factor.fit(tensor.reshape(6, 20)).error < 1e-4
-    from sparsec.factors.tensor_network import als
-
-    cores = [weight(s, seed=9) for s in ((6, r, q), (5, r, p), (4, q, p))]
-    losses = [als(tensor, cores, ["Aij", "Bik", "Cjk"], sweeps)[1] for sweeps in range(1, 12)]
-    assert all(after <= before * (1 + 1e-9) for before, after in itertools.pairwise(losses))
-
-
-# Greedy tensor network structures (Hashemizadeh et al., 2020) --------------------------------------------------------
-
-
-def planted(kind: str, seed: int) -> tuple[torch.Tensor, tuple[tuple[int, int, int], ...]]:
-    """A five-way tensor with the structure of a train or a ring, and its bonds."""
-    if kind == "train":
-        sizes, equation = [(4, 2), (2, 4, 3), (3, 4, 3), (3, 4, 2), (2, 4)], "ai,ibj,jck,kdl,le->abcde"
-        bonds = ((0, 1, 2), (1, 2, 3), (2, 3, 3), (3, 4, 2))
-    else:
-        sizes, equation = [(2, 5, 2)] * 5, "mai,ibj,jck,kdl,lem->abcde"
-        bonds = ((0, 1, 2), (0, 4, 2), (1, 2, 2), (2, 3, 2), (3, 4, 2))
-    generator = torch.Generator().manual_seed(seed)
-    cores = [torch.randn(s, generator=generator).double() for s in sizes]
-    return torch.einsum(equation, *cores), bonds
-
-
-@pytest.mark.parametrize("kind", ["train", "ring"])
-def test_greedy_structure_search(kind):
-    """The planted bonds and ranks, exactly, in at least 8 of 10 tensors."""
-    cases = [planted(kind, seed) for seed in range(10)]
-    assert sum(search(tensor, 1e-4) == bonds for tensor, bonds in cases) >= 8
 
 
 # Tubal factorisation: the t-product is a block-circulant product -----------------------------------------------------

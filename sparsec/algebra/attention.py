@@ -23,10 +23,10 @@ def kronecker_attention(
     """Attention whose keys and values are the means of the rows and columns of a grid (Gao, Wang and Ji, 2020).
 
     q, k, v (..., height width, features) give (..., height width, features of v). With `queries` every position asks
-    (KAO_KV): height + width keys instead of height width, so the cost falls by height width / (height + width). Without,
-    the means ask too (KAO_QKV), and position (i, j) gets the sum of what row i and column j received. Projections
-    before it may act on all positions or on the means, which commute. This replaces a layer before training; it is no
-    rewrite of a trained one, and no pass does it.
+    (KAO_KV): height + width keys instead of height width, so the cost falls by height width / (height + width).
+    Without, the means ask too (KAO_QKV), and position (i, j) gets the sum of what row i and column j received.
+    Projections before it may act on all positions or on the means, which commute. This replaces a layer before
+    training; it is no rewrite of a trained one, and no pass does it.
     """
     if not q.shape[:-1] == k.shape[:-1] == v.shape[:-1] or q.shape[-1] != k.shape[-1]:
         raise InputError(

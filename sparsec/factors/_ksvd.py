@@ -49,10 +49,15 @@ class _Run:
 
     def go(self, rounds: int, nonzeros: int) -> None:
         """Up to `rounds` more with so many nonzeros, at least those of before; fewer rounds where the error stalls."""
+        counts = [0, *sorted({min(e, len(self.dictionary) - nonzeros) for e in _EXCHANGES} - {0})]
         for _ in range(rounds):
-            self._offer(pursuit(self.signals, self.dictionary, nonzeros))
-            for count in sorted({min(e, len(self.dictionary) - nonzeros) for e in _EXCHANGES} - {0}):
-                self._offer(exchange(self.signals, self.dictionary, self.codes, nonzeros, count))
+            for count in tuple(counts):
+                if count:
+                    found = exchange(self.signals, self.dictionary, self.codes, nonzeros, count)
+                else:
+                    found = pursuit(self.signals, self.dictionary, nonzeros)
+                if not self._offer(found):  # what nobody takes is not offered again
+                    counts.remove(count)
             residual = self.signals - self.codes @ self.dictionary
             _update(self.codes, self.dictionary, residual)
             self.best = residual.square().sum(dim=1)
@@ -62,12 +67,13 @@ class _Run:
             if self.errors[-2] - self.errors[-1] <= _STALLED * self.errors[-2]:
                 break
 
-    def _offer(self, found: torch.Tensor) -> None:
-        """Rows of new codes where they do better than the old ones."""
+    def _offer(self, found: torch.Tensor) -> int:
+        """Rows of new codes where they do better than the old ones, and how many they are."""
         error = (self.signals - found @ self.dictionary).square().sum(dim=1)
         better = error < self.best
         self.codes = torch.where(better[:, None], found, self.codes)
         self.best = torch.where(better, error, self.best)
+        return int(better.sum())
 
     def _refit(self, nonzeros: int) -> None:
         """All atoms for these codes, then all coefficients on their supports; kept if the error falls."""

@@ -14,6 +14,7 @@ from sparsec.errors import SpecError
 from sparsec.factors._base import Factor, Shape, positive
 from sparsec.factors._contraction import BATCH, Contraction, Operand
 from sparsec.factors._modes import IN_LETTERS, KERNEL_LETTERS, OUT_LETTERS, Modes, check_digits, modes, refuse_modes
+from sparsec.factors.tucker import Tucker
 from sparsec.formats import Buffers
 
 _SEED = 0x7E5
@@ -126,20 +127,51 @@ def search(tensor: torch.Tensor, error: float, most: int | None = None) -> tuple
     with the largest gain and refits all cores (Hashemizadeh, Liu, Miller and Rabusseau, Adaptive learning of tensor
     network structures, 2020); at the end ranks that prove needless are taken back. `most` parameters end the search.
     """
-    wide = tensor.detach().double()
-    count = wide.dim()
-    if not 2 <= count <= len(OUT_LETTERS):
-        raise SpecError(f"a network is searched for 2 to {len(OUT_LETTERS)} modes, got shape {tuple(tensor.shape)}")
-    pairs = list(combinations(range(count), 2))
-    whole = float(wide.square().sum())
-    goal = error**2 * whole
-    state = _Search(wide, pairs)
+    return _searched(tensor, error, most).edges()
+
+
+def _searched(tensor: torch.Tensor, error: float, most: int | None) -> _Search:
+    wide = _checked(tensor, error)
+    goal = error**2 * float(wide.square().sum())
+    state = _Search(wide, list(combinations(range(wide.dim()), 2)))
     while state.loss > goal and (most is None or state.parameters() < most):
         if not state.grow(goal):
             break
     if state.loss <= goal:
         state.prune(goal)
-    return tuple((i, j, r) for (i, j), r in state.ranks.items() if r > 1)
+    return state
+
+
+def _checked(tensor: torch.Tensor, error: float) -> torch.Tensor:
+    """The tensor in float64."""
+    if not 2 <= tensor.dim() <= len(OUT_LETTERS):
+        raise SpecError(f"a network is searched for 2 to {len(OUT_LETTERS)} modes, got shape {tuple(tensor.shape)}")
+    if tensor.is_complex() or not bool(torch.isfinite(tensor).all()):
+        raise SpecError(f"a network is searched for real and finite tensors, got {tensor.dtype}, or NaN or Inf in it")
+    if not error >= 0.0:
+        raise SpecError(f"error={error!r} must be at least 0")
+    return tensor.detach().double()
+
+
+def structure(tensor: torch.Tensor, error: float) -> TensorNetwork | Tucker:
+    """The factor of fewest parameters within relative `error` of `tensor`: a network that `search` found, or Tucker.
+
+    A Tucker core meets every mode and is of none, which no bond between two modes says; its ranks are those at which
+    the modes' spectra leave error / sqrt(d) each. The tensor is the weight of one output digit, its first mode, and
+    input digits, the others: `factor.fit(tensor.flatten(1))`.
+    """
+    wide = _checked(tensor, error)
+    limit = error**2 * float(wide.square().sum())
+    ranks = []
+    for m in range(wide.dim()):
+        energy = torch.linalg.svdvals(torch.movedim(wide, m, 0).flatten(1)).square()
+        ranks.append(max(1, int((energy.flip(0).cumsum(0).flip(0) > limit / wide.dim()).sum())))
+    parameters = prod(ranks) + sum(n * r for n, r in zip(wide.shape, ranks))
+    state = _searched(wide, error, parameters)
+    outs, ins = tuple(wide.shape[:1]), tuple(wide.shape[1:])
+    if state.loss <= limit and state.edges() and state.parameters() < parameters:
+        return TensorNetwork(state.edges(), outs, ins)
+    return Tucker(tuple(ranks), outs, ins)
 
 
 class _Search:
@@ -154,6 +186,9 @@ class _Search:
         self.generator = torch.Generator().manual_seed(_SEED)
         self.cores = [self._random((n, *[1] * len(self.pairs_of[m]))) for m, n in enumerate(tensor.shape)]
         self.cores, self.loss = als(tensor, self.cores, self.letters, _STEP_SWEEPS)
+
+    def edges(self) -> tuple[Edge, ...]:
+        return tuple((i, j, r) for (i, j), r in self.ranks.items() if r > 1)
 
     def parameters(self) -> int:
         return sum(c.numel() for c in self.cores)
