@@ -26,7 +26,8 @@ class Block(nn.Module):
 
 def main() -> None:
     torch.manual_seed(0)
-    model = sparsec.sparsify(nn.Sequential(*(Block(256) for _ in range(2))).eval(), Magnitude(0.9))
+    blocks = 1 if "--quick" in sys.argv else 2
+    model = sparsec.sparsify(nn.Sequential(*(Block(256) for _ in range(blocks))).eval(), Magnitude(0.9))
     x = torch.randn(32, 256)
     report = sparsec.analyze(model, example_inputs=(x,))  # decides everything, installs nothing
     print(report)

@@ -23,7 +23,7 @@ SAYS = {
     "custom_pass": ("fold_scale: 0 multiplications left", "state dict unchanged: True"),
     "custom_backend": ("def k_", "largest difference"),
     "custom_format": ("windows(17)", "WIDTH = 17", "largest difference"),
-    "encoder": ("encoder.layer.5.output.dense", "cosine to the unpruned", "dense eager", "packed"),
+    "encoder": ("encoder.layer.1.output.dense", "cosine to the unpruned", "dense eager", "packed"),
     "monarch_encoder": ("monarch(16,1)", "4 factored", "its Monarch projection"),
     "prune_minilm": ("calibration:", "held out:", "cosine"),
     "shrink_cnn": ("inner.0: 24 channels", "is an output of the model", "half the channels", "fine-tuned"),
