@@ -59,7 +59,8 @@ class Tiles(Format):
         source, bits = numpy_view(dense), numpy_view(kept)
         word = _MASKS[group][1]
         values, masks = [np.zeros(0, source.dtype)], [np.zeros((0, WORDS), word)]
-        for start, stop in row_chunks(*dense.shape, ROWS):
+        rows, cols = bits.shape
+        for start, stop in row_chunks(rows, cols, ROWS):
             there = _words(bits[start:stop], group)
             values.append(_words(source[start:stop], group)[there])
             masks.append(np.packbits(there, axis=2, bitorder="little").view(word).reshape(-1, WORDS))
