@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ FLAGS = {
     "address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
     "thread": ("-fsanitize=thread",),
 }
-_CODES = {torch.float32: 2, torch.float16: 2, torch.bfloat16: 4, torch.float64: 2, torch.uint8: 1}
+_CODES = {torch.float32: 2, torch.float16: 2, torch.bfloat16: 4, torch.float64: 2, torch.uint8: 1, torch.bool: 6}
 
 
 def supported(kind: str, folder: Path) -> str | None:
@@ -80,9 +81,11 @@ def problems(seed: int, count: int) -> list[Data]:
     return [dataclasses.replace(d, batch=fixed[i]) if i < len(fixed) else d for i, d in enumerate(drawn)]
 
 
-def _tensor(tensor: torch.Tensor | None) -> bytes:
+def _tensor(tensor: torch.Tensor | int | None) -> bytes:
     if tensor is None:
         return struct.pack("<iii", -1, 0, 0)
+    if isinstance(tensor, int):
+        return struct.pack("<iiiq", -2, 0, 0, tensor)
     flat = tensor.detach().contiguous()
     code = _CODES.get(flat.dtype, 0)
     head = struct.pack(f"<iii{flat.dim()}q", code, flat.element_size() * 8, flat.dim(), *flat.shape)
@@ -109,11 +112,19 @@ def run(program: Path, case: Case, data: Data, threads: int, low: bool, **enviro
 
 
 def execute(
-    program: Path, arguments: list[torch.Tensor | None], threads: int, low: bool, **environment: str
+    program: Path,
+    arguments: Sequence[torch.Tensor | int | None],
+    threads: int,
+    low: bool,
+    output: int = 1,
+    **environment: str,
 ) -> tuple[list[str], torch.Tensor]:
-    """Run a program on the operands of a kernel, of which the second is the output: what it complains of, and that."""
-    y = arguments[1]
-    assert y is not None
+    """Run a program on the operands of a kernel, one of which is the output: what it complains of, and that.
+
+    A program whose output is not the second operand is built with -DOUTPUT.
+    """
+    y = arguments[output]
+    assert isinstance(y, torch.Tensor)
     place, out = program.with_suffix(".in"), program.with_suffix(".out")
     place.write_bytes(struct.pack("<i", len(arguments)) + b"".join(_tensor(t) for t in arguments))
     done = subprocess.run(

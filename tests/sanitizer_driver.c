@@ -2,9 +2,13 @@
 
    The kernel's source is included, so that a sanitizer sees all of it. GOMP_parallel runs on pthreads, because an
    OpenMP runtime that was not built with the sanitizer reports races of its own. Usage: driver IN OUT THREADS LOW
-   IN: int32 count, then per tensor int32 code, bits, ndim, int64 shape[ndim], its bytes; tensor 1 is the output, and a
-   code of -1 stands for None. OUT receives the output. LOW 1 puts tensors at the start of their pages, 0 at the end. */
+   IN: int32 count, then per tensor int32 code, bits, ndim, int64 shape[ndim], its bytes; tensor OUTPUT is the output, a
+   code of -1 stands for None, and -2 for an int64 that follows the head. OUT receives the output. LOW 1 puts tensors at
+   the start of their pages, 0 at the end. */
 #define _GNU_SOURCE
+#ifndef OUTPUT
+#define OUTPUT 1
+#endif
 #ifdef FAIL_ALLOCATIONS /* the allocation whose number is in the environment fails */
 #include <stdlib.h>
 static long allocations;
@@ -37,6 +41,7 @@ static unsigned control(void) { return 0; }
 static int wanted_threads = 1;
 static __thread int my_number, my_team = 1;
 static __thread unsigned my_control;
+static pthread_barrier_t my_barrier; /* of the one team at a time */
 
 typedef struct {
   void (*body)(void *);
@@ -60,6 +65,7 @@ void GOMP_parallel(void (*body)(void *), void *data, unsigned threads, unsigned 
   pthread_t ids[64];
   share_t shares[64];
   if (team > 64) team = 64;
+  if (pthread_barrier_init(&my_barrier, NULL, (unsigned)team)) abort();
   for (int i = 0; i < team; i++) {
     shares[i] = (share_t){body, data, i, team, 0};
     if (pthread_create(&ids[i], NULL, run_one, &shares[i])) abort();
@@ -71,12 +77,15 @@ void GOMP_parallel(void (*body)(void *), void *data, unsigned threads, unsigned 
       exit(4);
     }
   }
+  pthread_barrier_destroy(&my_barrier);
 }
 int omp_get_thread_num(void) { return my_number; }
 int omp_get_num_threads(void) { return my_team; }
 int omp_get_max_threads(void) { return wanted_threads; }
 int omp_in_parallel(void) { return my_team > 1; }
-void GOMP_barrier(void) { abort(); } /* no kernel waits for another thread */
+void GOMP_barrier(void) {
+  if (my_team > 1) pthread_barrier_wait(&my_barrier);
+}
 
 void TVMFFIErrorSetRaisedFromCStr(const char *kind, const char *message) { fprintf(stderr, "%s: %s\n", kind, message); }
 
@@ -109,7 +118,8 @@ int main(int argc, char **argv) {
   for (int i = 0; i < count && i < 32; i++) {
     int32_t head[3];
     get(head, sizeof head, file);
-    args[i].type_index = kTVMFFINone;
+    args[i].type_index = head[0] == -2 ? kTVMFFIInt : kTVMFFINone;
+    if (head[0] == -2) get(&args[i].v_int64, 8, file);
     if (head[0] < 0) continue;
     size_t bytes = (size_t)head[1] / 8;
     for (int d = 0; d < head[2]; d++) {
@@ -131,6 +141,6 @@ int main(int argc, char **argv) {
     return 4;
   }
   FILE *out = fopen(argv[2], "wb");
-  if (!out || (sizes[1] && fwrite(tensors[1].data, sizes[1], 1, out) != 1)) return 3;
+  if (!out || (sizes[OUTPUT] && fwrite(tensors[OUTPUT].data, sizes[OUTPUT], 1, out) != 1)) return 3;
   return fclose(out);
 }
