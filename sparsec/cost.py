@@ -49,7 +49,8 @@ class Rate:
     """What a format's kernels sustain: `share` of the peak on the columns they compute, padding included; cycles for
     every stored value once per panel (`per_value`) or in GEMV (`gemv`), and for every matrix position (`per_entry`,
     `gemv_entry`): what ends of rows and empty masks cost. `whole`: a tile that holds a value is multiplied whole;
-    `matrix`: at the rate of matrix products, where the operands are narrow."""
+    `matrix`: at the rate of matrix products, where the operands are narrow; `beyond`: cycles more for a stored value
+    where rows read all activations of a panel, and these leave L1."""
 
     share: float = 0.74
     per_value: float = 0.5
@@ -58,13 +59,15 @@ class Rate:
     gemv_entry: float = 0.0
     whole: bool = False
     matrix: bool = False
+    beyond: float = 0.0
 
 
-RATES: dict[str, Rate] = {
+RATES: dict[str, Rate] = {  # by format, or by variant without its `linear_`
     "csr": Rate(),
     "csr_groups": Rate(share=0.93, per_value=0.4, gemv=2.0, per_entry=0.2, gemv_entry=0.25),
     "sell": Rate(share=0.85, per_value=0.4, gemv=4.0, per_entry=0.1),
-    "pairs": Rate(share=1.2, per_value=0.2, gemv=4.0, per_entry=0.0),
+    "sell_dots": Rate(share=1.6, per_value=0.14, per_entry=0.17),
+    "pairs": Rate(share=1.2, per_value=0.2, gemv=4.0, per_entry=0.0, beyond=0.75),
     "window": Rate(gemv=0.25, gemv_entry=0.015),
     "bitmask": Rate(per_value=0.7, gemv=0.02, gemv_entry=0.24),
     "bsr": Rate(share=0.88, per_value=0.1, gemv=0.3, per_entry=0.0),
@@ -150,10 +153,12 @@ def sparse_us(
     rate = rate_of(fmt, spec)
     facts = _facts(problem, batch, target, rates)
     stored = max(problem.nnz, 1)
+    far = problem.in_features * columns * facts["itemsize"] > target.l1d
     facts.update(
         worked=1 - (1 - problem.density) ** TILE if rate.whole else problem.density,
         top=_top(problem, fmt, rate, rates),
-        columns=columns, share=rate.share, per_value=rate.per_value, gemv=rate.gemv, per_entry=rate.per_entry,
+        per_value=rate.per_value + (rate.beyond if far else 0.0),
+        columns=columns, share=rate.share, gemv=rate.gemv, per_entry=rate.per_entry,
         gemv_entry=rate.gemv_entry,
         nbytes=fmt.nbytes(problem.out_features, problem.in_features, stored, int(facts["itemsize"])),
     )  # fmt: skip
@@ -184,11 +189,11 @@ def _top(problem: Problem, fmt: Format, rate: Rate, rates: Rates) -> float:
 
 
 def rate_of(fmt: Format, spec: KernelSpec) -> Rate:
-    """What the kernels of a format sustain."""
+    """What a kernel sustains: by its variant where that has figures of its own, else by what it reads."""
     inner = fmt.fields().get("format")
     if fmt.name == "quantized" and inner is not None and inner.name == "tiles":
         return RATES["tiles"]
-    return RATES["bsr_amx"] if spec.variant == "linear_bsr_amx" else RATES.get(_innermost(fmt), _UNKNOWN)
+    return RATES.get(spec.variant.removeprefix("linear_")) or RATES.get(_innermost(fmt), _UNKNOWN)
 
 
 def _innermost(fmt: Format) -> str:

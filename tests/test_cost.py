@@ -14,7 +14,7 @@ from sparsec import cost
 from sparsec.codegen import catalog, rates
 from sparsec.codegen.kernel import KernelSpec, Problem
 from sparsec.cost import Rates
-from sparsec.formats import BSR, CSR, Format, Permuted, Quantized, Tiles
+from sparsec.formats import BSR, CSR, SELL, CSRGroups, Format, Pairs, Permuted, Quantized, Tiles
 from sparsec.sparsifiers import Magnitude
 from sparsec.target import ISAS, Target
 
@@ -90,6 +90,19 @@ def test_tiles_cost_what_a_dense_product_does_and_less_where_the_weight_streams(
     assert cost.sparse_us(problem(), codes, kernel, 512, amx, fast) < at["linear_tiles_bf16", 0.5]
     assert Rates.nominal(amx).matrix > Rates.nominal(amx.limit("avx512bf16")).matrix > 0
     assert Rates.nominal(amx.limit("avx2")).matrix == 0
+
+
+def test_variants_with_rates_of_their_own_and_panels_that_leave_the_nearest_cache() -> None:
+    bf16 = Target("x86_64", ISAS["avx512bf16"].features, l1d=32 << 10, l2=1 << 20, l3=32 << 20)
+    of = dataclasses.replace(problem(768, 768, 0.2), dtype="bfloat16")
+    times = {}
+    for name, fmt in (("linear_sell_bf16", SELL(255)), ("linear_sell_dots", SELL(255))):
+        times[name] = cost.sparse_us(of, fmt, catalog.variant(name).specs(of, fmt, bf16)[0], 64, bf16, RATES)
+    assert times["linear_sell_dots"] < times["linear_sell_bf16"]
+    fmt, pairs = Pairs(CSRGroups(255)), catalog.variant("linear_pairs")
+    near, far = (dataclasses.replace(problem(768, n, 0.5), dtype="bfloat16") for n in (768, 4096))
+    a, b = (cost.sparse_us(of, fmt, pairs.specs(of, fmt, bf16)[0], 16, bf16, RATES) for of in (near, far))
+    assert b - cost.CALL_US > 1.5 * 4096 / 768 * (a - cost.CALL_US)
 
 
 def test_rates_are_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
