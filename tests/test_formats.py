@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from format_tools import COMMON, DTYPES, FORMAT_LIST, Break, bits, longer, nbytes, put, shorter, strided, swap, weight
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from sparsec.errors import FormatError, SpecError
 from sparsec.formats import BSR, CSR, Bitmask, Dense, Format, pattern
+from sparsec.formats._pack import select
 
 ids = [f.text() for f in FORMAT_LIST]
 
@@ -108,6 +110,14 @@ def test_csr_indices_above_32767_are_unsigned_bits() -> None:
     check_round_trip(BSR(1, 2), wide)
 
 
+def test_column_numbers_take_two_bytes_where_they_fit() -> None:
+    for cols, dtype in ((65536, np.uint16), (65537, np.int32)):
+        mask = np.zeros((1, cols), bool)
+        mask[0, -1] = True
+        values, numbers = select(torch.arange(float(cols))[None], mask, columns=True)
+        assert numbers is not None and numbers.dtype == dtype and numbers.tolist() == values.tolist() == [cols - 1]
+
+
 def test_layout_of_bitmask() -> None:
     dense = torch.zeros(2, 18)
     dense[0, [0, 3, 17]] = torch.tensor([1.0, 2, 3])
@@ -133,6 +143,7 @@ def test_resolve_fixes_open_fields() -> None:
     assert CSR(block=128).resolve(3, 65536) == CSR(32, 128)
     assert Bitmask().resolve(3, 20) == Bitmask(16, 32)
     assert BSR(2, 4).resolve(3, 384) == BSR(2, 4, 16)
+    assert BSR(2, 4).resolve(3, 4 * 65535) == BSR(2, 4, 16) and BSR(2, 4).resolve(3, 4 * 65535 + 1) == BSR(2, 4, 32)
     assert CSR().resolve(1, 0) == CSR(16, 1)
 
 
