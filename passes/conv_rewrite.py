@@ -13,6 +13,7 @@ from torch import fx
 from sparsec.aten import arguments, opname
 from sparsec.driver import Context, Pass
 from sparsec.graph import KEY, constant_nodes, fold_constants, get_constant, move_to_front, owner
+from sparsec.passes.rewrite_graph import give_value
 
 aten = torch.ops.aten
 _RANKS = {"aten::conv1d": 1, "aten::conv2d": 2, "aten::conv3d": 3}
@@ -131,14 +132,12 @@ def _list(value: Any, rank: int) -> tuple[int, ...]:
     return values * rank if len(values) == 1 else values
 
 
-def _put(like: fx.Node, before: fx.Node, target: Any, *args: Any) -> fx.Node:
+def _put(gm: fx.GraphModule, like: fx.Node, before: fx.Node, target: Any, *args: Any) -> fx.Node:
     """A call before a node, with the shape that follows from its inputs and the module of `like`."""
     with before.graph.inserting_before(before):
         new = before.graph.call_function(target, args)
     new.meta = {k: v for k, v in like.meta.items() if k not in (KEY, "val")}
-    values = fx.node.map_arg(args, lambda n: n.meta.get("val"))
-    if all(n.meta.get("val") is not None for n in new.all_input_nodes):
-        new.meta["val"] = target(*values)
+    give_value(gm, new)
     return new
 
 
@@ -271,11 +270,11 @@ def _commute(conv: _Conv) -> Outcome:
     rest = list(user.args[1:])
     if means:
         rest = [spatial, True]
-    pooled = _put(user, conv.node, user.target, conv.x, *rest)
+    pooled = _put(conv.gm, user, conv.node, user.target, conv.x, *rest)
     new = _again(conv, user, pooled, conv.weight, conv.stride, conv.padding, conv.dilation)
     if means and not bound["keepdim"]:
         new.meta["val"] = made.mean(spatial, keepdim=True)
-        new = _put(user, user, aten.squeeze.dims, new, spatial)
+        new = _put(conv.gm, user, user, aten.squeeze.dims, new, spatial)
     _replace(user, new)
     conv.node.graph.erase_node(conv.node)
     return ""
@@ -336,13 +335,13 @@ def _depth(conv: _Conv) -> Outcome:
     if not conv.image().is_contiguous():
         return "channels come last in memory: moving the depth among them would copy"
     out, inp, *kernel = get_constant(conv.gm, str(conv.weight.target)).shape
-    flat = _put(conv.node, conv.node, aten.flatten.using_ints, conv.x, 1, 2)
+    flat = _put(conv.gm, conv.node, conv.node, aten.flatten.using_ints, conv.x, 1, 2)
     weight = _weight(conv, aten.view.default, [out, inp * kernel[0], *kernel[1:]])
     new = _again(conv, conv.node, flat, weight, conv.stride[1:], conv.padding[1:], conv.dilation[1:])
     value = conv.node.meta.get("val")
     if value is not None:
         new.meta["val"] = value.squeeze(2)
-    _replace(conv.node, _put(conv.node, conv.node, aten.unsqueeze.default, new, 2))
+    _replace(conv.node, _put(conv.gm, conv.node, conv.node, aten.unsqueeze.default, new, 2))
     return ""
 
 
@@ -365,11 +364,11 @@ def _matmul(conv: _Conv) -> Outcome:
     if whole:
         if not image.is_contiguous():
             return "channels come last in memory: one row per image would be a copy"
-        rows = _put(conv.node, conv.node, aten.flatten.using_ints, conv.x, 1)
+        rows = _put(conv.gm, conv.node, conv.node, aten.flatten.using_ints, conv.x, 1)
     else:
         if not image.movedim(1, -1).is_contiguous():
             return "channels come first in memory: rows of pixels would be a copy, planes are what convolutions read"
-        rows = _put(conv.node, conv.node, aten.permute.default, conv.x, [0, *range(2, d + 2), 1])
+        rows = _put(conv.gm, conv.node, conv.node, aten.permute.default, conv.x, [0, *range(2, d + 2), 1])
     weight = _weight(conv, aten.view.default, weight_size)
     with conv.node.graph.inserting_before(conv.node):
         new = conv.node.graph.call_function(aten.linear.default, (rows, weight, conv.bias))
@@ -379,9 +378,9 @@ def _matmul(conv: _Conv) -> Outcome:
         new.meta["val"] = value.flatten(1) if whole else value.movedim(1, -1)
     if whole:
         for _ in range(d):
-            new = _put(conv.node, conv.node, aten.unsqueeze.default, new, -1)
+            new = _put(conv.gm, conv.node, conv.node, aten.unsqueeze.default, new, -1)
     else:
-        new = _put(conv.node, conv.node, aten.permute.default, new, [0, d + 1, *range(1, d + 1)])
+        new = _put(conv.gm, conv.node, conv.node, aten.permute.default, new, [0, d + 1, *range(1, d + 1)])
     _replace(conv.node, new)
     return ""
 

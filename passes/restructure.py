@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
 from sparsec.algebra.rules import rule
-from sparsec.codegen import tune
 from sparsec.driver import Context, Pass
 from sparsec.errors import SpecError
 from sparsec.graph import constant_nodes, trace_into
 from sparsec.passes import restructure_forms as forms
 from sparsec.passes.restructure_forms import Derived, Form
 from sparsec.passes.rewrite import Log
-from sparsec.passes.rewrite_graph import give_value, place
+from sparsec.passes.rewrite_graph import give_value, judged, place
 
 RULES: dict[str, Callable[[fx.GraphModule, fx.Node, forms.Known], Form | str | None]] = {
     "kron_mixed_product": forms.kron_mixed_product,
@@ -31,14 +29,6 @@ RULES: dict[str, Callable[[fx.GraphModule, fx.Node, forms.Known], Form | str | N
 
 ROWS = (1, 16, 256)
 """Rows that count where the graph does not tell how many there are: a rewrite has to pay at all of them."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a form pays, and the sentence that says so."""
-
-    pays: bool
-    detail: str
 
 
 class Restructure(Pass):
@@ -68,12 +58,12 @@ class Restructure(Pass):
                 if isinstance(found, str):
                     log.refused(name, [place(node)], found)
                 elif found is not None:
-                    verdict = _verdict(gm, ctx, found)
-                    if verdict.pays:
+                    pays, detail = _timed(gm, ctx, found)
+                    if pays:
                         _install(gm, found)
-                        log.applied([name], [place(node)], verdict.detail)
+                        log.applied([name], [place(node)], detail)
                     else:
-                        log.refused(name, [place(node)], verdict.detail)
+                        log.refused(name, [place(node)], detail)
         gm.graph.eliminate_dead_code()
         return log.record(gm, ctx)
 
@@ -81,24 +71,19 @@ class Restructure(Pass):
         return "Restructure()" if self.rules == tuple(RULES) else f"Restructure({list(self.rules)!r})"
 
 
-def _verdict(gm: fx.GraphModule, ctx: Context, form: Form) -> Verdict:
+def _timed(gm: fx.GraphModule, ctx: Context, form: Form) -> tuple[bool, str]:
+    """Whether a form pays, and the sentence that says so."""
     before, after = form.flops
     detail = f"{before} --> {after} flops"
     if form.unit:
         detail += f" a {form.unit}"
     if after * max(1.0, ctx.options.min_speedup) >= before:
-        return Verdict(False, f"{detail} would not pay")
+        return False, f"{detail} would not pay"
     if form.node in constant_nodes(gm) or ctx.options.tune != "measure":
-        return Verdict(True, detail)
-    worst, texts = float("inf"), []
-    for rows in _rows(form):
-        now, then = tune.measure(list(_contenders(gm, form, rows))).us
-        worst = min(worst, now / then)
-        texts.append(f"{now:.1f} --> {then:.1f} us" + (f" at {rows} rows" if len(_rows(form)) > 1 else ""))
-    detail += ", " + ", ".join(texts)
-    if worst < ctx.options.min_speedup:
-        return Verdict(False, f"{detail}: less than min_speedup={ctx.options.min_speedup:g}")
-    return Verdict(True, detail)
+        return True, detail
+    sizes = _rows(form)
+    contenders = [(f" at {rows} rows" if len(sizes) > 1 else "", *_contenders(gm, form, rows)) for rows in sizes]
+    return judged(ctx, detail, [(where, [now], [then]) for where, now, then in contenders])
 
 
 def _rows(form: Form) -> tuple[int, ...]:

@@ -1,13 +1,16 @@
-"""Rewrites that only move or share values: permutations that cancel, equal calls computed once."""
+"""What the rewrites share: places, shapes and the clock; and those that only move values or compute them once."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from sparsec.aten import arguments, opname
+from sparsec.codegen import tune
+from sparsec.driver import Context
 from sparsec.graph import drop_unread, get_constant, mutated, owner, pure
 
 if TYPE_CHECKING:
@@ -92,6 +95,23 @@ def _escapes(node: fx.Node, first: fx.Node) -> bool:
     """Two results of the model must stay two tensors: a caller may write into one."""
     both = (node, first)
     return any(u.op == "output" for n in both for u in n.users)
+
+
+Trial = tuple[str, Sequence[Callable[[], object]], Sequence[Callable[[], object]]]
+"""Where it is timed ("" for the only place), the ways to run what is there, and those to run what would be."""
+
+
+def judged(ctx: Context, detail: str, trials: Iterable[Trial]) -> tuple[bool, str]:
+    """Whether the best new way beats the best old one by `min_speedup` in every trial, and the sentence for it."""
+    needed, texts = ctx.options.min_speedup, [detail]
+    worst = float("inf")
+    for where, now, then in trials:
+        us = tune.measure([*now, *then]).us
+        before, after = min(us[: len(now)]), min(us[len(now) :])
+        worst = min(worst, before / after)
+        texts.append(f"{before / after:.2f}x{where} ({before:.1f} --> {after:.1f} us)")
+    text = ", ".join(texts)
+    return worst >= needed, text if worst >= needed else f"{text}: less than min_speedup={needed:g}"
 
 
 def give_value(gm: fx.GraphModule, node: fx.Node) -> None:

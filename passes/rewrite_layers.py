@@ -11,10 +11,9 @@ import torch
 from torch import fx
 
 from sparsec.aten import arguments, opname
-from sparsec.codegen import tune
 from sparsec.driver import Context
 from sparsec.graph import constant_nodes, get_constant, move_to_front, trace_into
-from sparsec.passes.rewrite_graph import give_value, place
+from sparsec.passes.rewrite_graph import give_value, judged, place
 
 if TYPE_CHECKING:
     from sparsec.passes.rewrite import Log
@@ -96,15 +95,7 @@ def _norm_timed(gm: fx.GraphModule, ctx: Context, node: fx.Node, bound: dict[str
         y = aten.layer_norm.default(x, [width], *affine, bound["eps"])
         return [aten.linear.default(y, w, b) for w, b in pairs]
 
-    return _measured(ctx, detail, lambda: run(linears, g, h), lambda: run(moved, None, None))
-
-
-def _measured(ctx: Context, detail: str, now: Callable[[], Any], then: Callable[[], Any]) -> tuple[bool, str]:
-    before, after = tune.measure([now, then]).us
-    text = f"{detail}, {before:.1f} --> {after:.1f} us"
-    if before >= ctx.options.min_speedup * after:
-        return True, text
-    return False, f"{text}: less than min_speedup={ctx.options.min_speedup:g}"
+    return judged(ctx, detail, [("", [lambda: run(linears, g, h)], [lambda: run(moved, None, None)])])
 
 
 def _static(node: Any) -> tuple[int, ...] | None:
@@ -202,7 +193,7 @@ def _stream_timed(
         return False, "the shape of its input is not known"
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(operands[0].dtype)
     whole, cut = (_blocks(node, function, dim, e) for e in ([0, edges[-1]], edges))
-    return _measured(ctx, detail, lambda: whole(x, *operands), lambda: cut(x, *operands))
+    return judged(ctx, detail, [("", [lambda: whole(x, *operands)], [lambda: cut(x, *operands)])])
 
 
 def _cut(

@@ -11,14 +11,13 @@ from torch import fx
 from torch.nn import functional as F
 
 from sparsec.aten import arguments, opname
-from sparsec.codegen import tune
 from sparsec.codegen.build import build_kernels
 from sparsec.codegen.dense_variants import few_rows
 from sparsec.codegen.kernel import Kernel
 from sparsec.driver import Context
 from sparsec.graph import constant_nodes, get_constant, move_to_front, site_names, trace_into
 from sparsec.passes import _product
-from sparsec.passes.rewrite_graph import place
+from sparsec.passes.rewrite_graph import judged, place
 from sparsec.spec import Auto
 
 if TYPE_CHECKING:
@@ -113,19 +112,14 @@ def _timed(gm: fx.GraphModule, ctx: Context, group: Sequence[fx.Node]) -> tuple[
     biases = [_bias(gm, n) for n in group]
     whole = torch.cat(weights), None if biases[0] is None else torch.cat([b for b in biases if b is not None])
     widths = [w.shape[0] for w in weights]
-    texts, worst = [], float("inf")
+    trials = []
     for rows in _rows(arguments(group[0])["input"]):
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(rows, weights[0].shape[1], generator=generator).to(weights[0])
         apart = _ways(gm, ctx, group[0], list(zip(weights, biases)), x)
         merged = [_split(way, widths) for way in _ways(gm, ctx, group[0], [whole], x)]
-        us = tune.measure([*apart, *merged]).us
-        before, after = min(us[: len(apart)]), min(us[len(apart) :])
-        worst = min(worst, before / after)
-        texts.append(f"{before / after:.2f}x at {rows} rows ({before:.1f} --> {after:.1f} us)")
-    needed = ctx.options.min_speedup
-    verdict = "" if worst >= needed else f", less than min_speedup={needed:g}"
-    return worst >= needed, "merged is " + ", ".join(texts) + verdict
+        trials.append((f" at {rows} rows", apart, merged))
+    return judged(ctx, f"{len(group)} linears as one", trials)
 
 
 Way = Callable[[], list[torch.Tensor]]

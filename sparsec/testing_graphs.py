@@ -25,6 +25,7 @@ from sparsec import api
 from sparsec.driver import Context, Pass
 from sparsec.errors import CaptureError, PassError
 from sparsec.passes import DEFAULT, Annotate, ConvRewrite, Fold, Fuse, Lower, Normalise, Pool, Select, Stream
+from sparsec.passes.restructure import Restructure
 from sparsec.passes.rewrite import Rewrite
 from sparsec.testing_totals import DEFAULT_PATH, Totals, resume
 
@@ -79,7 +80,8 @@ def passes_of(order: int) -> tuple[type[Pass], ...]:
     between = [kind for _ in range(rng.randrange(4)) for kind in rng.choice(choices)]
     after: list[type[Pass]] = [Pool] if rng.random() < 0.5 else []
     last: list[type[Pass]] = [Stream] if rng.random() < 0.5 else []
-    return (Normalise, *before, Annotate, *between, Select, *after, Lower, *last)
+    first: list[type[Pass]] = [Restructure] if rng.random() < 0.3 else []
+    return (*first, Normalise, *before, Annotate, *between, Select, *after, Lower, *last)
 
 
 def _prune(module: nn.Module, rng: random.Random) -> None:
@@ -121,10 +123,12 @@ class RandomNet(nn.Module):
             self.blocks.append(block)
         self.links = [rng.randrange(i + 1) for i in range(depth)]
         _prune(self, rng)
+        own = random.Random(f"structure {seed}")  # draws of its own: what a seed made stays what it was
+        self.structured = Structured(own) if own.random() < 0.2 else None
         self.eval()
 
     def forward(self, x: torch.Tensor) -> Any:
-        seen = [x]
+        seen = [x if self.structured is None else self.structured(x)]
         for block, link in zip(self.blocks, self.links):
             seen.append(block(seen[-1], seen[link]))
         return {"last": seen[-1], "mean": (seen[-1].mean(1), seen[len(seen) // 2])}
@@ -237,6 +241,30 @@ class Functional(nn.Module):
         if self.kind == 5:
             return torch.matmul(x, w.transpose(0, 1).contiguous()) + self.bias
         return F.linear(x, w.double().to(w.dtype), self.bias * 2)
+
+
+class Structured(nn.Module):
+    """A weight computed from smaller ones, by a structure that `restructure` reads: Kronecker, diagonal, circulant."""
+
+    def __init__(self, rng: random.Random) -> None:
+        super().__init__()
+        self.kind = rng.randrange(5)
+        self.one = nn.Parameter(torch.randn(4, 4) / 2)
+        self.two = nn.Parameter(torch.randn(WIDTH // 4, WIDTH // 4) / (WIDTH // 4) ** 0.5)
+        self.scale = nn.Parameter(torch.randn(WIDTH) / WIDTH**0.5)
+        order = (torch.arange(WIDTH)[:, None] - torch.arange(WIDTH)) % WIDTH
+        self.register_buffer("order", order)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind == 0:
+            return F.linear(x, torch.kron(self.one, self.two), self.scale)
+        if self.kind == 1:
+            return x @ torch.kron(self.one, self.two)
+        if self.kind == 2:
+            return x @ torch.diag(self.scale)
+        if self.kind == 3:
+            return F.linear(x, torch.kron(self.one, self.two) @ torch.kron(self.one, self.two))
+        return F.linear(x, self.scale[self.order])
 
 
 class InPlace(nn.Module):

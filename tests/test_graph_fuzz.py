@@ -11,6 +11,7 @@ from sparsec import testing_graphs as graphs
 from sparsec.driver import Context, Pass
 from sparsec.errors import PassError
 from sparsec.passes import Factorise
+from sparsec.passes.restructure import Restructure
 from sparsec.passes.rewrite import Rewrite
 
 QUICK = 8
@@ -43,7 +44,9 @@ def test_parts_whose_shapes_were_recorded_apart_are_multiplied() -> None:
 def test_random_orders_are_allowed_and_differ() -> None:
     drawn = [graphs.passes_of(len(graphs.ORDERS) + n) for n in range(200)]
     assert len(set(drawn)) > 100
-    assert {kind for order in drawn for kind in order} == {*(type(p) for p in sparsec.DEFAULT), Rewrite} - {Factorise}
+    assert {kind for order in drawn for kind in order} == {
+        *(type(p) for p in sparsec.DEFAULT), Restructure, Rewrite,
+    } - {Factorise}  # fmt: skip
 
 
 @pytest.mark.parametrize("number", range(QUICK))

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 import sparsec
 from sparsec.algebra.rules import rule
+from sparsec.codegen import tune
 from sparsec.driver import Context, Options, run_passes
 from sparsec.errors import SpecError
 from sparsec.graph import KEY
-from sparsec.passes import restructure
 from sparsec.passes.normalise import Normalise
 from sparsec.passes.restructure import RULES, Restructure
 from sparsec.passes.rewrite import Applied
@@ -225,7 +225,7 @@ def test_the_clock_decides(case: str, us: tuple[float, float], taken: bool, monk
         seen.append([c() for c in contenders])
         return type("Timing", (), {"us": us})
 
-    monkeypatch.setattr(restructure.tune, "measure", measured)
+    monkeypatch.setattr(tune, "measure", measured)
     name, make, shapes, _ = CASES[case]
     _, entries = restructured(make().eval(), *(torch.randn(s) for s in shapes), tune="measure")
     (entry,) = [e for e in entries if e.rules == (name,)]
@@ -235,7 +235,7 @@ def test_the_clock_decides(case: str, us: tuple[float, float], taken: bool, monk
 
 def test_open_sizes_must_pay_at_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([(100.0, 50.0), (100.0, 50.0), (100.0, 99.0)])
-    monkeypatch.setattr(restructure.tune, "measure", lambda c: type("Timing", (), {"us": next(times)}))
+    monkeypatch.setattr(tune, "measure", lambda c: type("Timing", (), {"us": next(times)}))
     net = Net(lambda m, x: F.linear(x, torch.kron(m.a, m.b)), a=(4, 3), b=(5, 6)).eval()
     _, entries = restructured(net, torch.randn(7, 18), tune="measure", shapes="batch")
     assert entries[0].refused and "at 256 rows" in entries[0].detail

@@ -11,6 +11,7 @@ from rewrite_tools import close, rewritten, round_trip
 from torch import nn
 
 import sparsec
+from sparsec.codegen import tune
 from sparsec.driver import Context, Options, run_passes
 from sparsec.errors import SpecError
 from sparsec.passes import rewrite_merge, rewrite_terms
@@ -142,7 +143,7 @@ def test_the_clock_decides_every_group(faster: float, merged: bool, monkeypatch:
         seen.append([c() for c in contenders])
         return type("Timing", (), {"us": (100.0, 100.0 / faster)})
 
-    monkeypatch.setattr(rewrite_merge.tune, "measure", measured)
+    monkeypatch.setattr(tune, "measure", measured)
     gm, entries = rewritten(Attention().eval(), torch.randn(8, 32), tune="measure")
     assert calls(gm).count("linear") == (1 if merged else 3)
     assert entries[0].refused != merged and f"{faster:.2f}x at 8 rows (100.0 -->" in entries[0].detail
@@ -168,7 +169,7 @@ def test_merging_must_beat_the_kernels_that_the_linears_would_have_had_apart(
         seen.append([c() for c in contenders])
         return type("Timing", (), {"us": us})
 
-    monkeypatch.setattr(rewrite_merge.tune, "measure", measured)
+    monkeypatch.setattr(tune, "measure", measured)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     gm, entries = rewritten(Attention().eval(), torch.randn(8, 32), tune="measure", spec=Spec.of(None))
     assert calls(gm).count("linear") == (1 if merged else 3)
@@ -182,14 +183,14 @@ def test_merging_must_beat_the_kernels_that_the_linears_would_have_had_apart(
 
 
 def test_sparse_linears_merge_by_their_rows_alone(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(rewrite_merge.tune, "measure", lambda contenders: pytest.fail("timed dense linears"))
+    monkeypatch.setattr(tune, "measure", lambda contenders: pytest.fail("timed dense linears"))
     model = sparsec.sparsify(Attention(), Magnitude(0.9)).eval()
     few, entries = rewritten(model, torch.randn(8, 32), tune="measure", spec=Spec.of(None))
     assert calls(few).count("linear") == 1 and "sparse, 8 rows at most" in entries[0].detail
     many, entries = rewritten(model, torch.randn(65, 32), tune="measure", spec=Spec.of(None))
     assert calls(many).count("linear") == 3 and entries[0].refused
     timing = type("Timing", (), {"us": (100.0, 90.0)})
-    monkeypatch.setattr(rewrite_merge.tune, "measure", lambda contenders: timing)
+    monkeypatch.setattr(tune, "measure", lambda contenders: timing)
     dense, entries = rewritten(model, torch.randn(8, 32), tune="measure", spec=Spec.of({"_default": None}))
     assert calls(dense).count("linear") == 1 and "1.11x at 8 rows" in entries[0].detail
 
@@ -275,7 +276,7 @@ def test_products_of_activations_are_reordered():
 
 def test_fewer_flops_must_be_faster_too(monkeypatch: pytest.MonkeyPatch):
     slow = type("Timing", (), {"us": (100.0, 99.0, 99.5, 99.5)})
-    monkeypatch.setattr(rewrite_terms.tune, "measure", lambda contenders: slow)
+    monkeypatch.setattr(tune, "measure", lambda contenders: slow)
     gm, entries = rewritten(Two().eval(), torch.randn(5, 16), tune="measure")
     assert calls(gm) == ["linear", "linear"]
     assert entries[0].refused and entries[0].detail == "fewer flops, but measured 1.01x only"

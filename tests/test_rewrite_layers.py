@@ -12,9 +12,9 @@ from rewrite_tools import close, rewritten, round_trip
 from torch import nn
 
 import sparsec
+from sparsec.codegen import tune
 from sparsec.driver import Context, Options, run_passes
 from sparsec.graph import KEY
-from sparsec.passes import rewrite_layers
 from sparsec.passes.normalise import Normalise
 from sparsec.passes.rewrite import Applied, Rewrite
 from sparsec.report import Report
@@ -78,7 +78,7 @@ def test_the_clock_decides_about_norms(us: tuple[float, ...], moved: bool, monke
             torch.testing.assert_close(one, other)
         return type("Timing", (), {"us": us})
 
-    monkeypatch.setattr(rewrite_layers.tune, "measure", measured)
+    monkeypatch.setattr(tune, "measure", measured)
     _, entries = rewritten(Normed().eval(), torch.randn(5, 16), rules=["affine_through_norm"], tune="measure")
     assert entries[0].refused != moved and f"{us[0]} --> {us[1]} us" in entries[0].detail
     keywords: dict[str, Any] = {"rules": ["affine_through_norm"], "tune": "measure", "shapes": "batch"}
@@ -132,7 +132,7 @@ def test_the_clock_decides_about_pools(us: tuple[float, ...], cut: bool, monkeyp
         torch.testing.assert_close(*(c() for c in contenders))
         return type("Timing", (), {"us": us})
 
-    monkeypatch.setattr(rewrite_layers.tune, "measure", measured)
+    monkeypatch.setattr(tune, "measure", measured)
     _, entries = pooled(Pooled().eval(), torch.randn(2, 99, 8), "measure")
     assert entries[0].refused != cut and f"{us[0]} --> {us[1]} us" in entries[0].detail
 
