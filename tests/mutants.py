@@ -53,6 +53,7 @@ _READERS: tuple[Stage, ...] = (
     ("test_hostile.py",),
 )
 _STRUCTURED: Stage = ("test_formats_structured.py", "-k", "not kernels")
+_SYSTEMS: Stage = ("test_systems_formats.py",)
 _CONVOLUTIONS: tuple[Stage, ...] = (("test_conv.py", "-k", "agrees or layout or geometry"), ("test_conv.py",))
 TESTS: dict[str, tuple[Stage, ...]] = {
     "sparsec/formats/_check.py": (("test_formats.py",), ("test_formats_regular.py", "test_hostile.py")),
@@ -66,10 +67,10 @@ TESTS: dict[str, tuple[Stage, ...]] = {
     "sparsec/formats/csr_groups.py": (("test_formats_csr_groups.py",), *_kernels("csr_groups")),
     "sparsec/formats/sell.py": (("test_formats_sell.py",), *_kernels("sell")),
     "sparsec/formats/window.py": (("test_formats_window.py",), *_kernels("window")),
-    "sparsec/formats/nmg.py": (_STRUCTURED, *_kernels("nmg")),
-    "sparsec/formats/block_nm.py": (_STRUCTURED, *_kernels("block_nm")),
-    "sparsec/formats/permuted.py": (_STRUCTURED, *_kernels("permuted_bsr")),
-    "sparsec/formats/sum.py": (_STRUCTURED, *_kernels("sum")),
+    "sparsec/formats/nmg.py": (_STRUCTURED, *_kernels("nmg"), _SYSTEMS),
+    "sparsec/formats/block_nm.py": (_STRUCTURED, *_kernels("block_nm"), _SYSTEMS),
+    "sparsec/formats/permuted.py": (_STRUCTURED, *_kernels("permuted_bsr"), _SYSTEMS),
+    "sparsec/formats/sum.py": (_STRUCTURED, *_kernels("sum"), _SYSTEMS),
     "sparsec/formats/__init__.py": (("test_format_text.py",),),
     "sparsec/points/rulebook.py": (("test_points.py",),),
     "sparsec/factors/chain.py": (("test_chain.py", "-k", "not memory"),),

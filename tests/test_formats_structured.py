@@ -230,3 +230,27 @@ def test_a_sum_refuses_what_two_kernels_cannot_do() -> None:
     assert "not nmg" in str(variant.refuse(plain, Sum(NMG(1, 4, 1), CSR()), target))
     permuted = catalog.variant("linear_permuted_bsr")
     assert "a permuted bsr, not csr" in str(permuted.refuse(plain, Permuted(CSR()), target))
+
+
+@pytest.mark.parametrize(("inner", "together"), [(CSR(), (1, 1)), (BSR(4, 2), (2, 4))])
+def test_orders_look_at_as_many_as_a_block_stores_together(inner: Format, together: tuple[int, int]) -> None:
+    """Columns for the order of rows, and rows for that of columns; single values where there are no blocks."""
+    dense = weight(24, 32, 0.3)
+    buffers = Permuted(inner, "length", "length").pack(dense)
+    rows, cols = buffers["row_places"].long(), buffers["col_places"].long()
+    bits = (dense != 0).numpy()
+    assert rows.tolist() == order_of("length", bits, together[0]).tolist()
+    assert cols.tolist() == order_of("length", bits[rows.numpy()].T, together[1]).tolist()
+    others = order_of("length", bits, 8), order_of("length", bits[rows.numpy()].T, 8)
+    assert rows.tolist() != others[0].tolist() and cols.tolist() != others[1].tolist()
+
+
+def test_a_mix_takes_the_level_nearest_to_what_each_block_keeps() -> None:
+    """A block keeps as many per row as it has of the largest values in the mean, rounded to 0, 1, 2, 4 or 8."""
+    fmt, dense = BlockNM(4, 8), torch.full((4, 24), 0.001)
+    dense[:, :3] = 9.0  # a mean of 3 lies between 2 and 4: the smaller of two that are as near
+    dense[:, 8] = 9.0
+    dense[0, 16] = 9.0  # a mean of a quarter is none
+    mask = fmt.mix(dense, 1 - 17 / 96)
+    assert mask.reshape(4, 3, 8).sum(2).tolist() == [[2, 1, 0]] * 4
+    assert bool(mask[:, 8].all()) and bool(mask[:, :2].all())
