@@ -221,3 +221,20 @@ def test_message_says_where_in_the_model() -> None:
     node.meta["stack_trace"] = '  File "model.py", line 7, in forward\n    x += 1\n'
     with pytest.raises(PassError, match=r'from File "model\.py", line 7, in forward'):
         check(gm)
+
+
+def test_a_node_reads_as_the_line_that_it_stands_for() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    lines = {
+        x: "x = placeholder 'x'",
+        graph.call_function(operator.add, (x, 1)): "add = _operator.add(x, 1)",
+        graph.call_function(aten.relu.default, (x,)): "relu_default = aten.relu.default(x)",
+        graph.call_function(torch.nn.functional.relu, (x,), {"inplace": True}): (
+            "relu = torch.nn.functional.relu(x, inplace = True)"
+        ),
+        graph.call_method("view", (x, 2, -1)): "view = x.view(2, -1)",
+        graph.call_module("block.0", (x,)): "block_0 = block.0(x)",
+        graph.output((x,)): "return (x,)",
+    }
+    assert [code_line(node) for node in lines] == list(lines.values())
