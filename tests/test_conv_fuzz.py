@@ -15,6 +15,7 @@ from sanitizer import build, execute, supported
 from sparsec import testing_conv
 from sparsec.codegen import catalog, conv_variants
 from sparsec.codegen.kernel import DTYPES, Conv, KernelSpec, Step
+from sparsec.errors import SpecError
 from sparsec.formats import Dense
 from sparsec.target import Target
 from sparsec.testing_conv import ConvCase, ConvData
@@ -121,3 +122,18 @@ def test_every_instruction_set(variant: str, kind: str, tmp_path: Path) -> None:
         if isa in TARGET.isas:
             for seed in range(20, 24):
                 _battery(variant, seed, kind, isa, tmp_path, 12)
+
+
+def test_planes_have_less_than_two_to_the_31_elements() -> None:
+    """2**31 - 1 is prime: only one axis can have just as many."""
+
+    def plane(size: tuple[int, ...], pad: int = 0) -> Conv:
+        ones, pads = (1,) * len(size), (pad,) * len(size)
+        return Conv(size, ones, ones, pads, pads, ones)
+
+    assert plane((2**31 - 1,)).out == (2**31 - 1,) and plane((46340, 46341)).out == (46340, 46341)
+    for size, pad in (((2**16, 2**15), 0), ((46340, 46341), 1)):
+        with pytest.raises(SpecError, match="a plane has more than"):
+            plane(size, pad)
+    with pytest.raises(SpecError, match="are positive"):
+        plane((2**31,))
