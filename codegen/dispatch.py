@@ -64,12 +64,16 @@ def admit_stream(text: str, stream: Stream, calls: Sequence[Callable[..., object
         stream.inputs, len(stream.outputs), len(stream.shapes), len(calls), code, bits, stream.arena_bytes,
         *(n for shape in sizes for n in (len(shape), *shape)),
     ]  # fmt: skip
-    for (kind, at), shape in zip(stream.places, stream.shapes, strict=True):
-        numbers += [kind, at, math.prod(shape)]
+    windows = {stream.inputs + place for place, rows in enumerate(stream.chunks) if rows}
+    for value, ((kind, at), shape) in enumerate(zip(stream.places, stream.shapes, strict=True)):
+        numbers += [kind, at, math.prod(shape), int(value in windows)]
     operand = 0
     for y, (step, call) in enumerate(zip(stream.steps, calls, strict=True), stream.inputs):
         function: Any = call
+        rows, *size = step.spec.output_shape
+        own = math.prod(step.spec.input_shape) // rows if step.own else 0
         numbers += [function.__chandle__(), step.x, step.residual, y, operand, int(step.bias), step.buffers]
+        numbers += [rows, math.prod(size), own, stream.chunks[y - stream.inputs]]
         operand += step.bias + step.buffers
     encoded = text.encode()
     table = (ctypes.c_int64 * len(numbers))(*numbers)

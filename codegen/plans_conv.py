@@ -21,6 +21,8 @@ CHUNK_BYTES = 128 << 10  # of sums that wait between two steps
 LONGEST_STRIP = 1024  # positions
 MAX_ROWS = 16  # outputs of a block
 MANY_CHANNELS = 256  # from here on, copies of unaligned planes are worth their making
+WIDE = 8  # vectors of a row of CSR at a time: the fewer tiles, the fewer ends of rows, which no predictor foresees
+MAX_LOADS = 144  # of an output row of a depthwise kernel: 3 x 3 taps of 16 vectors, 5 x 5 of 5
 MAX_DENSE = 256  # inputs per output of the dense kernel
 
 
@@ -96,8 +98,12 @@ def dense(problem: Problem, fmt: Format, target: Target, isa: str) -> tuple[tupl
 
 
 def depthwise(problem: Problem, fmt: Format, target: Target, isa: str) -> tuple[tuple[Plan, Tile], ...]:
-    """Whole rows of one channel at a time, as many as stay in L1 beside those of the next channel."""
+    """Rows of x where they are, when their columns are few enough to be printed one by one; else padded copies: whole
+    rows of one channel at a time, as many as stay in L1 beside those of the next channel."""
     conv = _geometry(problem)
+    vectors = -(-conv.out[-1] // max(ISAS[isa].lanes, 4))
+    if problem.op == "conv" and len(conv.size) == 2 and conv.stride[1] <= 2 and vectors * conv.taps <= MAX_LOADS:
+        return (((), (("mode", IN_PLACE), ("columns", 64), ("strip", 64), ("step", 1), ("chunk", 16))),)
     lay = conv.layout
     room = max(1, target.l1d * 3 // 8 // 4 // len(lay.phases) - lay.span - 32)
     rows = max(1, min(lay.rows, room // lay.pitch))
@@ -112,7 +118,8 @@ def tiles(problem: Problem, fmt: Format, target: Target, isa: str) -> tuple[tupl
     lanes = max(ISAS[isa].lanes, 4)
     columns = 4 * lanes
     if _in_place(problem, lanes):
-        wide = (((), _tile(problem, fmt, target, columns, IN_PLACE)),)
+        width = WIDE * lanes if fmt.name == "csr" and lanes == 16 else columns
+        wide = (((), _tile(problem, fmt, target, width, IN_PLACE)),)
         if conv.pixels % lanes == 0 or problem.in_features < MANY_CHANNELS:
             return wide
         return (*wide, ((), _tile(problem, fmt, target, columns, OFFSETS)))

@@ -10,6 +10,7 @@ together, layer by layer.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from sparsec.codegen import catalog
 from sparsec.codegen.kernel import KernelSpec
 from sparsec.errors import SpecError
+from sparsec.target import Target
 
 ALIGN = 64
 MAX_STEPS = 4096
@@ -50,6 +52,16 @@ class Step:
     @property
     def spec(self) -> KernelSpec:
         return parsed(self.kernel)
+
+    @property
+    def own(self) -> bool:
+        """Whether an output channel reads its own input channels alone."""
+        return self.spec.conv is not None and self.spec.in_features == self.spec.conv.taps
+
+    @property
+    def align(self) -> int:
+        """Output channels that the kernel computes together."""
+        return {"conv_csr": 1, "conv_bsr": dict(self.spec.fields).get("r", 1)}.get(self.spec.variant, 4)
 
 
 @dataclass(frozen=True)
@@ -109,19 +121,40 @@ class Stream:
         return tuple(found)
 
     @functools.cached_property
+    def chunks(self) -> tuple[int, ...]:
+        """For every step, the output channels after which the next step goes on with them, or 0 for all.
+
+        A convolution in front of a depthwise one, or of a pooling, hands over as many channels as stay in L2, where all
+        of them would not: then they are never written to memory.
+        """
+        l2 = Target.probe().l2
+        found = [0] * len(self.steps)
+        for place, (step, reader) in enumerate(itertools.pairwise(self.steps)):
+            value = self.inputs + place
+            readers = [s for s in self.steps if value in (s.x, s.residual)]
+            alone = readers == [reader] and reader.residual != value and value not in self.outputs
+            if not (alone and reader.own) or step.own or (place and found[place - 1]) or self._bytes(value) < l2:
+                continue
+            rows, *size = self.shapes[value]
+            fit = l2 // 2 // (math.prod(size) * ITEM_BYTES[self.dtype])
+            found[place] = max(1, fit // step.align) * step.align % rows  # 0 where all of them fit
+        return tuple(found)
+
+    @functools.cached_property
     def places(self) -> tuple[tuple[int, int], ...]:
         """(kind, number or byte offset) of every value: INPUT i, OUTPUT i, or ARENA at an offset."""
-        last = list(range(-1, len(self.shapes) - 1))  # the step that reads a value last; its own for one nobody reads
-        for place, step in enumerate(self.steps):
+        last = list(range(len(self.shapes)))  # the value that is computed from it last; itself where nobody reads it
+        for made, step in enumerate(self.steps, self.inputs):
             for read in (step.x, step.residual):
                 if read >= 0:
-                    last[read] = place + self.inputs
+                    last[read] = made
         spans = []
-        for value in range(self.inputs, len(self.shapes)):
+        for place, value in enumerate(range(self.inputs, len(self.shapes))):
             if value not in self.outputs:
-                spans.append((self._bytes(value), value, value, max(last[value], value)))
-        offsets = arrange([(size, first, end) for size, _, first, end in spans])
-        found = dict(zip((value for _, value, _, _ in spans), offsets, strict=True))
+                together = place > 0 and self.chunks[place - 1] > 0  # with the step before, a few channels at a time
+                spans.append((value, (self._kept(value), value - together, last[value])))
+        offsets = arrange([span for _, span in spans])
+        found = dict(zip((value for value, _ in spans), offsets, strict=True))
         return tuple(
             (INPUT, value) if value < self.inputs
             else (OUTPUT, self.outputs.index(value)) if value in self.outputs
@@ -132,11 +165,19 @@ class Stream:
     @property
     def arena_bytes(self) -> int:
         """Bytes of the arena of one thread."""
-        ends = (at + self._bytes(v) for v, (kind, at) in enumerate(self.places) if kind == ARENA)
+        ends = (at + self._kept(v) for v, (kind, at) in enumerate(self.places) if kind == ARENA)
         return max(ends, default=0)
 
     def _bytes(self, value: int) -> int:
-        size = math.prod(self.shapes[value]) * ITEM_BYTES[self.dtype]
+        return self._padded(self.shapes[value])
+
+    def _kept(self, value: int) -> int:
+        """Bytes of a value that the arena keeps."""
+        rows = self.chunks[value - self.inputs]
+        return self._padded((rows, *self.shapes[value][1:])) if rows else self._bytes(value)
+
+    def _padded(self, shape: tuple[int, ...]) -> int:
+        size = math.prod(shape) * ITEM_BYTES[self.dtype]
         return -(-size // ALIGN) * ALIGN
 
     def text(self) -> str:

@@ -20,6 +20,7 @@ _CLOCK = threading.Lock()  # two timed runs of one process would measure each ot
 ROUNDS = 9
 MAX_ROUNDS = 27
 SAMPLE = 3e-4  # seconds: a sample repeats a contender until it is well above the timer's and the scheduler's grain
+LONG = 1e-3  # seconds: calls that take longer are cold anyway
 PATIENCE = 0.5  # seconds that rounds may be added for
 SPREAD = 0.15  # a median is trusted when half of the samples lie within this share of it
 
@@ -36,22 +37,28 @@ class Timing:
     steady: bool = True
 
 
-def measure(contenders: Sequence[Callable[[], object]]) -> Timing:
+def measure(contenders: Sequence[Callable[[], object]], cold: bool = False) -> Timing:
     """Time all contenders in turn, round by round, so that a drift of the machine's speed hits all alike.
 
     The clock is the host's, or events of the current stream for contenders that answer with CUDA tensors.
+
+    A `cold` call has the first contender's behind it, not its own: in a network of many short kernels no branch is
+    remembered from the last time, and nothing of a weight is in L1.
 
     Rounds are added while the middle half of any contender's samples is wider than SPREAD of its median, up to
     MAX_ROUNDS or PATIENCE seconds.
     """
     with _CLOCK, torch.inference_mode():
         repeats = [_calibrate(run) for run in contenders]
+        cold = cold and _sample(contenders[0], 1) < LONG
         samples: list[list[float]] = [[] for _ in contenders]
         rounds, steady = 0, False
         end = time.perf_counter() + PATIENCE
         while rounds < ROUNDS or (rounds < MAX_ROUNDS and time.perf_counter() < end):
             for run, repeat, seen in zip(contenders, repeats, samples, strict=True):
-                seen.append(_sample(run, repeat))
+                if cold and run is not contenders[0]:
+                    contenders[0]()
+                seen.append(_sample(run, 1 if cold else repeat))
             rounds += 1
             steady = rounds >= ROUNDS and all(_steady(seen) for seen in samples)
             if steady:

@@ -283,12 +283,16 @@ enum Kind : int64_t { kInput, kOutput, kArena };
 
 struct Value {
   int64_t kind, at, elements;  // of one image; at: which tensor, or a byte of the arena
+  int64_t window;              // nonzero: only the channels that are under way are kept
 };
 
 struct Call {
   TVMFFIObjectHandle function;
   int64_t x, residual, y;  // values; residual -1: none
   int64_t operand, bias, buffers;
+  int64_t rows, pixels;  // output channels, and elements of each
+  int64_t own;           // elements of x that an output channel reads, where that is its own channels alone; else 0
+  int64_t chunk;         // output channels after which the next call goes on with them; 0: all
 };
 
 struct Plan {
@@ -355,31 +359,58 @@ char *place(const Run &run, const Value &value, int64_t image, char *arena) {
   return static_cast<char *>(tensor.data) + image * value.elements * run.plan->item;
 }
 
-// All layers of one image; false when a kernel refuses, whose words are dropped: Python asks again.
-bool layers(const Run &run, int64_t image, char *arena) {
+// Output channels [low, high) of a layer; false when the kernel refuses, whose words are dropped: Python asks again.
+bool layer(const Run &run, const Call &call, int64_t image, char *arena, int64_t low, int64_t high) {
   const Plan &plan = *run.plan;
-  for (const Call &call : plan.calls) {
-    DLTensor views[3];
-    int64_t shapes[3];
-    const int64_t read[3] = {call.x, call.y, call.residual};
-    for (int i = 0; i < 3; ++i) {
-      if (read[i] < 0) continue;
-      const Value &value = plan.values[read[i]];
-      shapes[i] = value.elements;
-      views[i] = {place(run, value, image, arena), {kDLCPU, 0}, 1, plan.type, &shapes[i], nullptr, 0};
+  const bool part = low || high != call.rows;
+  const int64_t read[3] = {call.x, call.y, call.residual};
+  DLTensor views[3];
+  int64_t sizes[3];
+  for (int i = 0; i < 3; ++i) {
+    if (read[i] < 0) continue;
+    const Value &value = plan.values[read[i]];
+    const int64_t channel = i ? call.pixels : call.own;
+    char *bytes = place(run, value, image, arena);
+    if (!value.window) bytes += low * channel * plan.item;
+    sizes[i] = channel ? (high - low) * channel : value.elements;
+    views[i] = {bytes, {kDLCPU, 0}, 1, plan.type, &sizes[i], nullptr, 0};
+  }
+  TVMFFIAny arguments[6 + kMaxBuffers], result;
+  arguments[0] = argument(&views[0]);
+  arguments[1] = argument(&views[1]);
+  arguments[2] = argument(call.bias ? run.operands + call.operand : nullptr);
+  arguments[3] = argument(call.residual < 0 ? nullptr : &views[2]);
+  int count = 4;
+  for (int64_t i = 0; i < call.buffers; ++i) arguments[count++] = argument(run.operands + call.operand + call.bias + i);
+  for (int64_t bound : {low, high}) {
+    if (!part) break;
+    arguments[count] = argument(nullptr);
+    arguments[count].type_index = kTVMFFIInt;
+    arguments[count++].v_int64 = bound;
+  }
+  std::memset(&result, 0, sizeof result);
+  if (!TVMFFIFunctionCall(call.function, arguments, count, &result)) return true;
+  TVMFFIObjectHandle refusal = nullptr;
+  TVMFFIErrorMoveFromRaised(&refusal);
+  if (refusal) TVMFFIObjectDecRef(refusal);
+  return false;
+}
+
+// All layers of one image. Where a layer hands its channels on a few at a time, the next one follows at once.
+bool layers(const Run &run, int64_t image, char *arena) {
+  const std::vector<Call> &calls = run.plan->calls;
+  for (size_t i = 0; i < calls.size(); ++i) {
+    const Call &call = calls[i];
+    if (!call.chunk) {
+      if (!layer(run, call, image, arena, 0, call.rows)) return false;
+      continue;
     }
-    TVMFFIAny arguments[4 + kMaxBuffers], result;
-    arguments[0] = argument(&views[0]);
-    arguments[1] = argument(&views[1]);
-    arguments[2] = argument(call.bias ? run.operands + call.operand : nullptr);
-    arguments[3] = argument(call.residual < 0 ? nullptr : &views[2]);
-    for (int64_t i = 0; i < call.buffers; ++i) arguments[4 + i] = argument(run.operands + call.operand + call.bias + i);
-    std::memset(&result, 0, sizeof result);
-    if (TVMFFIFunctionCall(call.function, arguments, static_cast<int32_t>(4 + call.buffers), &result)) {
-      TVMFFIObjectHandle refusal = nullptr;
-      TVMFFIErrorMoveFromRaised(&refusal);
-      if (refusal) TVMFFIObjectDecRef(refusal);
-      return false;
+    const Call &next = calls[++i];
+    const int64_t times = next.rows / call.rows;
+    for (int64_t low = 0; low < call.rows; low += call.chunk) {
+      const int64_t high = std::min(low + call.chunk, call.rows);
+      if (!layer(run, call, image, arena, low, high)) return false;
+      if (!layer(run, next, image, arena, low * times, high * times)) return false;
     }
   }
   return true;
@@ -519,8 +550,8 @@ EXPORT int sparsec_dispatch_admit(const char *text, uint64_t size, void *functio
 }
 
 // Let calls with this text run a stream. `numbers`: inputs, outputs, values, calls, type code, bits, arena bytes; for each
-// input and output its dimensions and sizes; kind, at, elements of every value; and of every call its function, which the
-// caller keeps alive, x, residual, y, first operand, bias, buffers. The first plan of a text stays.
+// input and output its dimensions and sizes; kind, at, elements, window of every value; and of every call its function,
+// which the caller keeps alive, and the other members of Call in their order. The first plan of a text stays.
 EXPORT int sparsec_dispatch_admit_stream(const char *text, uint64_t size, const int64_t *numbers) {
   std::unique_ptr<Plan> plan(new Plan);
   const int64_t inputs = *numbers++, outputs = *numbers++, values = *numbers++, calls = *numbers++;
@@ -535,12 +566,14 @@ EXPORT int sparsec_dispatch_admit_stream(const char *text, uint64_t size, const 
     (i < inputs ? plan->in : plan->out).emplace_back(numbers, numbers + dims);
     numbers += dims;
   }
-  for (int64_t i = 0; i < values; ++i, numbers += 3) plan->values.push_back({numbers[0], numbers[1], numbers[2]});
+  for (int64_t i = 0; i < values; ++i, numbers += 4)
+    plan->values.push_back({numbers[0], numbers[1], numbers[2], numbers[3]});
   plan->operands = 0;
-  for (int64_t i = 0; i < calls; ++i, numbers += 7) {
+  for (int64_t i = 0; i < calls; ++i, numbers += 11) {
     const auto function = reinterpret_cast<TVMFFIObjectHandle>(numbers[0]);
-    if (numbers[6] > kMaxBuffers) return 1;
-    plan->calls.push_back({function, numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6]});
+    if (numbers[6] > kMaxBuffers || (numbers[10] && i + 1 == calls)) return 1;
+    plan->calls.push_back({function, numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6], numbers[7],
+                           numbers[8], numbers[9], numbers[10]});
     plan->operands = std::max(plan->operands, numbers[4] + numbers[5] + numbers[6]);
   }
   std::lock_guard<std::mutex> guard(growing);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,14 @@ from torch import fx, nn
 
 import sparsec
 from sparsec.codegen import dispatch
+from sparsec.codegen import stream as streams
+from sparsec.codegen.build import get_kernel
 from sparsec.codegen.stream import ARENA, Stream, arrange
 from sparsec.errors import InputError, SpecError
 from sparsec.ops import conv, pool
 from sparsec.ops import stream as op
 from sparsec.schedule import STREAM, candidates, describe, scheduled
+from sparsec.target import Target
 
 
 class Net(nn.Module):
@@ -50,6 +54,22 @@ def model() -> Net:
     return net
 
 
+class Pooled(sparsec.Pass):
+    """The generated pooling, whatever the clock says."""
+
+    name, requires, ensures = "pooled", ("selected",), ()
+
+    def run(self, gm: fx.GraphModule, ctx: Any) -> int:
+        (node,) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.max_pool2d.default)
+        node.target, node.args = pool.OVERLOAD, (node.args[0], [3, 3], [2, 2], [1, 1], [1, 1])
+        return 1
+
+
+def compiled(model: Net, x: torch.Tensor, **options: Any) -> Any:
+    passes = sparsec.DEFAULT.insert_before("pool", Pooled())
+    return sparsec.compile(model, None, (x,), tune="off", min_speedup=0, passes=passes, **options)
+
+
 def images(batch: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(batch, 3, 23, 31, generator=torch.Generator().manual_seed(seed))
 
@@ -57,7 +77,7 @@ def images(batch: int, seed: int = 0) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def cm(model: Net) -> Any:
     dynamic = ({0: torch.export.Dim("batch", min=1, max=64)},)
-    return sparsec.compile(model, None, (images(3),), dynamic_shapes=dynamic, tune="off", min_speedup=0)
+    return compiled(model, images(3), dynamic_shapes=dynamic)
 
 
 def alone(cm: Any, x: torch.Tensor) -> list[torch.Tensor]:
@@ -215,6 +235,54 @@ def test_no_two_values_overlap(spans: list[tuple[int, int, int]]) -> None:
             assert last < start or end < first or a + size <= b or b + other <= a
     busiest = max((sum(s for s, f, e in values if f <= t <= e) for t in range(20)), default=0)
     assert max((a + v[0] for a, v in zip(offsets, values, strict=True)), default=0) <= 2 * busiest
+
+
+@pytest.mark.parametrize("threads", (1, 2))
+def test_channels_are_handed_over_a_few_at_a_time(model: Net, monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    small = dataclasses.replace(Target.probe(), l2=8 << 10)
+    monkeypatch.setattr(streams.Target, "probe", lambda: small)
+    x = torch.randn(3, 3, 40 + threads, 37, generator=torch.Generator().manual_seed(0))
+    cm = compiled(model, x)
+    stream = max((group.stream for group in candidates(cm.graph)), key=lambda stream: len(stream.steps))
+    handed = [(step.spec, reader.spec) for step, reader, n in zip(stream.steps, stream.steps[1:], stream.chunks) if n]
+    assert {reader.op for _, reader in handed} == {"conv", "pool"}, "in front of the depthwise one, and of the pooling"
+    assert any(step.epilogue[0].name == "add" for step, _ in handed), "a residual is handed over with them"
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            want = alone(cm, x)
+            for _ in range(2):
+                assert all(torch.equal(a, b) for a, b in zip(cm(x), want, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_kernel_computes_the_channels_it_is_asked_for(cm: Any) -> None:
+    stream = candidates(cm.graph)[0].stream
+    operands = [getattr(cm, str(node.target)).detach() for node in candidates(cm.graph)[0].operands]
+    seen = set()
+    for step in stream.steps:
+        mine, operands = operands[: step.bias + step.buffers], operands[step.bias + step.buffers :]
+        bias, buffers = (mine[0], mine[1:]) if step.bias else (None, mine)
+        x, y = torch.randn(1, *step.spec.input_shape), torch.empty(1, *step.spec.output_shape)
+        added = torch.randn_like(y) if step.residual >= 0 else None
+        call, rows = get_kernel(step.kernel).call, y.shape[1]
+        call(x, y, bias, added, *buffers)
+        for low, high in ((0, 4), (4, rows), (0, rows)):
+            part, some = torch.empty_like(y[0, low:high]), added[0, low:high].clone() if added is not None else None
+            own = x[0, low * x.shape[1] // rows : high * x.shape[1] // rows].clone() if step.own else x
+            call(own, part, bias, some, *buffers, low, high)
+            assert torch.equal(part, y[0, low:high])
+        for low, high in ((-4, 4), (4, 4), (0, rows + 4), (8, 4)):
+            with pytest.raises(ValueError, match="output channels"):
+                call(x, y, bias, added, *buffers, low, high)
+        with pytest.raises(ValueError, match="expected x, y"):
+            call(x, y, bias, added, *buffers, 0)
+        with pytest.raises(ValueError):
+            call(torch.cat([x, x]), torch.cat([y, y]), bias, added, *buffers, 0, 4)
+        seen.add(step.spec.variant)
+    assert len(seen) >= 3
 
 
 def test_nothing_moves_across_a_write(cm: Any) -> None:
