@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import algebra
 import torch
 from timing import exclusive, headline, idle, interleave, write_json
 from torch import nn
@@ -212,7 +213,9 @@ def bert(rounds: int, saved: str | None, fit: bool) -> dict[str, Any]:
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("layers", nargs="*", help="only layers whose name holds one of these words")
+    parser.add_argument(
+        "layers", nargs="*", help="only layers whose name holds one of these words, and these parts of algebra.py"
+    )
     parser.add_argument("--model", action="store_true", help="BERT-base instead of single layers")
     parser.add_argument("--fit", action=argparse.BooleanOptionalAction, default=True, help="with --model: really fit")
     parser.add_argument("--saved", help="with --model: where the compiled model is kept between runs")
@@ -237,6 +240,9 @@ def main() -> None:
                 if not options.layers or any(word in layer.name for word in options.layers):
                     rows.append(run(layer, options.rounds))
                     print(line(rows[-1]), flush=True)
+            for found in algebra.rows(options.layers, options.rounds):
+                rows.append(found)
+                print(algebra.line(found), flush=True)
     write_json(options.json, "factors", rows)
 
 
