@@ -252,8 +252,8 @@ class Structured(nn.Module):
         self.one = nn.Parameter(torch.randn(4, 4) / 2)
         self.two = nn.Parameter(torch.randn(WIDTH // 4, WIDTH // 4) / (WIDTH // 4) ** 0.5)
         self.scale = nn.Parameter(torch.randn(WIDTH) / WIDTH**0.5)
-        order = (torch.arange(WIDTH)[:, None] - torch.arange(WIDTH)) % WIDTH
-        self.register_buffer("order", order)
+        self.order: torch.Tensor
+        self.register_buffer("order", (torch.arange(WIDTH)[:, None] - torch.arange(WIDTH)) % WIDTH)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.kind == 0:

@@ -37,7 +37,8 @@ def kronecker_attention(
         return torch.nn.functional.scaled_dot_product_attention(q, keys, values)
     found = torch.nn.functional.scaled_dot_product_attention(grid_means(q, height, width), keys, values)
     rows, columns = found.split([height, width], dim=-2)
-    return (rows[..., :, None, :] + columns[..., None, :, :]).flatten(-3, -2)
+    summed: torch.Tensor = rows[..., :, None, :] + columns[..., None, :, :]
+    return summed.flatten(-3, -2)
 
 
 def attention_flops(height: int, width: int, features: int, *, full: bool) -> int:

@@ -161,7 +161,8 @@ def _root(gram: torch.Tensor, support: torch.Tensor) -> torch.Tensor:
     """Cholesky roots (n, s, s) of the Gram matrices of each row's atoms."""
     own = gram[support[:, :, None], support[:, None, :]]
     ridge = _RIDGE * own.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None] + 1e-300
-    return torch.linalg.cholesky_ex(own + ridge * torch.eye(support.shape[1], dtype=gram.dtype)).L
+    root: torch.Tensor = torch.linalg.cholesky_ex(own + ridge * torch.eye(support.shape[1], dtype=gram.dtype)).L
+    return root
 
 
 def _update(codes: torch.Tensor, dictionary: torch.Tensor, residual: torch.Tensor) -> None:
