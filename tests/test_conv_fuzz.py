@@ -13,7 +13,7 @@ import torch
 from sanitizer import build, execute, supported
 
 from sparsec import testing_conv
-from sparsec.codegen import catalog, conv_variants
+from sparsec.codegen import catalog, conv_variants, plans_conv
 from sparsec.codegen.kernel import DTYPES, Conv, KernelSpec, Step
 from sparsec.errors import SpecError
 from sparsec.formats import Dense
@@ -91,15 +91,32 @@ def test_random_problems_agree_with_float64_and_with_one_thread() -> None:
         assert not wrong, f"{case}\n{data}\n{wrong}"
 
 
-@pytest.mark.parametrize(("size", "stride"), [((7, 7), 1), ((14, 14), 2), ((30, 28), 1), ((9, 60), 1)])
-def test_depthwise_rows_share_vectors_and_loads(size: tuple[int, int], stride: int) -> None:
-    """Two short rows in one vector, four or two rows at a time: what random images seldom hit."""
-    conv = Conv(size, (3, 3), (stride, stride), (1, 1), (1, 1), (1, 1), 5)
+# size, kernel, stride, zeros before, zeros behind, dilation: what random images seldom hit
+DEPTHWISE = {
+    "two short rows fit one vector": ((7, 7), (3, 3), (1, 1), (1, 1), (1, 1), (1, 1)),
+    "every second column": ((14, 14), (3, 3), (2, 2), (1, 1), (1, 1), (1, 1)),
+    "every second column, even zeros": ((15, 40), (3, 4), (2, 2), (0, 2), (1, 1), (1, 1)),
+    "two vectors": ((30, 28), (3, 3), (1, 1), (1, 1), (1, 1), (1, 1)),
+    "four vectors and a rest": ((9, 70), (3, 3), (1, 1), (1, 1), (1, 1), (1, 1)),
+    "nothing but a scale": ((5, 9), (1, 1), (1, 1), (0, 0), (0, 0), (1, 1)),
+    "rows alone": ((12, 20), (3, 1), (1, 1), (1, 0), (1, 0), (1, 1)),
+    "zeros wider than the image": ((2, 3), (3, 3), (1, 1), (20, 19), (3, 21), (1, 1)),
+    "taps far apart": ((20, 19), (5, 5), (3, 1), (4, 4), (4, 4), (2, 2)),
+}
+
+
+@pytest.mark.parametrize("mode", (2, 0))
+@pytest.mark.parametrize("name", DEPTHWISE)
+def test_depthwise_rows_share_vectors_and_loads(name: str, mode: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place and by padded planes, on one thread and more than there are rows."""
+    if mode == 0:
+        monkeypatch.setattr(plans_conv, "MAX_LOADS", 0)
+    conv = Conv(*DEPTHWISE[name], groups=5)
     case = ConvCase(
-        "conv_depthwise", TARGET.isas[0], Dense(), "float32", 5, 5, conv, True, (Step("clamp", (0.0, 6.0)),)
+        "conv_depthwise", TARGET.isas[0], Dense(), "float32", 5, 10, conv, True, (Step("clamp", (0.0, 6.0)),)
     )
     spec = case.spec(TARGET)
-    assert spec is not None
+    assert spec is not None and dict(spec.tile)["mode"] == mode
     spec = dataclasses.replace(spec, tile=(*spec.tile, ("one_thread", 0)))
     for threads, images in ((2, 1), (3, 2), (1, 3)):
         data = ConvData("full", 1.0, images, threads, images)
