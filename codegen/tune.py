@@ -37,17 +37,24 @@ class Timing:
     steady: bool = True
 
 
-def measure(contenders: Sequence[Callable[[], object]], cold: bool = False) -> Timing:
+def measure(contenders: Sequence[Callable[[], object]]) -> Timing:
     """Time all contenders in turn, round by round, so that a drift of the machine's speed hits all alike.
 
     The clock is the host's, or events of the current stream for contenders that answer with CUDA tensors.
 
-    A `cold` call has the first contender's behind it, not its own: in a network of many short kernels no branch is
-    remembered from the last time, and nothing of a weight is in L1.
-
     Rounds are added while the middle half of any contender's samples is wider than SPREAD of its median, up to
     MAX_ROUNDS or PATIENCE seconds.
     """
+    return _measure(contenders, cold=False)
+
+
+def measure_cold(contenders: Sequence[Callable[[], object]]) -> Timing:
+    """`measure`, but a call has one of the first contender behind it and not its own: in a network of many short
+    kernels no branch is remembered from the last time, and nothing of a weight is in L1."""
+    return _measure(contenders, cold=True)
+
+
+def _measure(contenders: Sequence[Callable[[], object]], cold: bool) -> Timing:
     with _CLOCK, torch.inference_mode():
         repeats = [_calibrate(run) for run in contenders]
         cold = cold and _sample(contenders[0], 1) < LONG

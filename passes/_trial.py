@@ -255,7 +255,8 @@ class Trial:
                 *([_prepacked.call(packed, weight, bias, xb, rb)] if packed else []),
             ]
             with _memory(proposal, x.device, f"time {', '.join(c.spec.variant for c in built)} on {batch} rows"):
-                timing = tune.measure(contenders, cold=proposal.problem.conv is not None)
+                measure = tune.measure if proposal.problem.conv is None else tune.measure_cold
+                timing = measure(contenders)
             tune.remember(key, timing)
             if not timing.steady:
                 self.ctx.report.note("the machine was busy while sites were timed: their times were not stored")

@@ -67,6 +67,7 @@ MAY_ALSO: dict[str, tuple[set[str], str]] = {
     "passes.factor": ({"codegen"}, "asks the catalogue for chains"),
     "codegen.render": ({"templates"}, "finds the template files"),
     "ops.linear": ({"verify"}, "a bucket that keeps its dense weight applies the same epilogue"),
+    "passes.rewrite_graph": ({"codegen"}, "times a rewriting against what it replaces"),
     "passes.rewrite_merge": ({"codegen"}, "times merged linears"),
     "passes.rewrite_layers": ({"codegen"}, "times norms and pools"),
     "passes.restructure": ({"codegen"}, "times products of structured weights"),
