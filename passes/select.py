@@ -17,7 +17,7 @@ from sparsec.codegen.kernel import DTYPES, Kernel, KernelSpec
 from sparsec.driver import Context, Pass
 from sparsec.errors import SparsecError
 from sparsec.factors import Factor
-from sparsec.graph import Fact, get_constant, sites, update
+from sparsec.graph import Fact, epilogue_nodes, get_constant, sites, update
 from sparsec.passes import _product
 from sparsec.passes._prepacked import Prepacked
 from sparsec.passes._propose import Candidate, Proposal, dense_row, propose
@@ -130,7 +130,7 @@ class _Runner(fx.Interpreter):
 
     def __init__(self, gm: fx.GraphModule, proposals: Mapping[fx.Node, Proposal], trial: Trial) -> None:
         super().__init__(gm)
-        self.proposals, self.trial = proposals, trial
+        self.gm, self.proposals, self.trial = gm, proposals, trial
         self.outcomes: list[tuple[Proposal, Choice | Prepacked | None, Row]] = []
 
     def run_node(self, n: fx.Node) -> Any:
@@ -138,7 +138,8 @@ class _Runner(fx.Interpreter):
         if proposal is not None:
             source = _product.source(n)
             x = source.crop(self.env[_product.operand(n)])
-            residual = next((v for k, v in self.env.items() if k.name == proposal.fact.residual), None)
+            added = epilogue_nodes(self.gm, n)[1]
+            residual = self.env[added] if added is not None else None
             dims = leading(proposal.problem, x.dim())
             rows = batches(source.node.meta.get("val"), math.prod(x.shape[:dims]), dims)
             self.outcomes.append((proposal, *self.trial.decide(proposal, x, residual, rows)))

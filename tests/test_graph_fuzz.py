@@ -28,6 +28,11 @@ class _FoldedBias(nn.Module):
         return torch.matmul(x, self.weight.transpose(0, 1).contiguous()) + self.bias
 
 
+def test_a_residual_that_was_renamed_behind_fuse_is_found() -> None:
+    """`fold` between `fuse` and `select` puts another node in the place of the one that a tail adds."""
+    assert graphs.failure(graphs.Plan(22001554, 6, "trace", False, 64476, 8, False)) == ""
+
+
 def test_a_bias_that_was_folded_between_two_annotates_is_seen() -> None:
     model, x = _FoldedBias().eval(), torch.randn(5, 6, 32)
     passes = [kind() for kind in graphs.ORDERS[5]]
