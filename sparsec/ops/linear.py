@@ -27,15 +27,15 @@ ONE = "(Tensor x, Tensor[] weight, Tensor? bias, Tensor? residual, str kernel) -
 RANGES = ONE.replace("weight, ", "weight, Tensor dense, ").replace("kernel)", "kernel, int[] dense_ranges)")
 
 
-def define(library: torch.library.Library, name: str, schema: str, function: Callable[..., torch.Tensor]) -> None:
+def define(library: torch.library.Library, name: str, schema: str, function: Callable[..., Any]) -> None:
     """The op `name`, and `name_careful` that a faster implementation of it falls back on, on every device.
 
     The second takes the kernel's number in `codegen.dispatch`. torch's stable ABI turns any exception into a message,
     so that the one an op ended with is remembered.
     """
-    at = 5 if schema is RANGES else 4
+    at = next(i for i, argument in enumerate(schema.split(", ")) if argument.startswith("str "))
 
-    def careful(*arguments: Any) -> torch.Tensor:
+    def careful(*arguments: Any) -> Any:
         try:
             return function(*arguments[:at], dispatch.text(arguments[at]), *arguments[at + 1 :])
         except SparsecError as error:
@@ -43,7 +43,7 @@ def define(library: torch.library.Library, name: str, schema: str, function: Cal
             raise
 
     library.define(name + schema)
-    library.define(f"{name}_careful" + schema.replace("str kernel", "int kernel"))
+    library.define(f"{name}_careful" + schema.replace(", str ", ", int "))
     library.impl(name, function, "CompositeExplicitAutograd")
     library.impl(f"{name}_careful", careful, "CompositeExplicitAutograd")
 

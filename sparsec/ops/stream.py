@@ -14,8 +14,8 @@ from sparsec.codegen import dispatch
 from sparsec.codegen.build import get_kernel
 from sparsec.codegen.kernel import DTYPES
 from sparsec.codegen.stream import Stream
-from sparsec.errors import InputError, SparsecError, remember
-from sparsec.ops.linear import GRADIENT
+from sparsec.errors import InputError
+from sparsec.ops.linear import GRADIENT, define
 
 _LIBRARY = torch.library.Library("sparsec", "FRAGMENT")
 _SCHEMA = "(Tensor[] inputs, Tensor[] operands, str stream) -> Tensor[]"
@@ -70,23 +70,12 @@ def _check(inputs: list[torch.Tensor], operands: list[torch.Tensor], stream: Str
             raise InputError(GRADIENT)
 
 
-def _careful(inputs: list[torch.Tensor], operands: list[torch.Tensor], number: int) -> list[torch.Tensor]:
-    try:
-        return _stream(inputs, operands, dispatch.text(number))
-    except SparsecError as error:
-        remember(error)
-        raise
-
-
 def _fake(inputs: list[torch.Tensor], operands: list[torch.Tensor], stream: str) -> list[torch.Tensor]:
     steps = parse(stream)
     return [inputs[0].new_empty((inputs[0].shape[0], *steps.shapes[value])) for value in steps.outputs]
 
 
-_LIBRARY.define("stream" + _SCHEMA)
-_LIBRARY.define("stream_careful" + _SCHEMA.replace("str stream", "int stream"))
-_LIBRARY.impl("stream", _stream, "CompositeExplicitAutograd")
-_LIBRARY.impl("stream_careful", _careful, "CompositeExplicitAutograd")
+define(_LIBRARY, "stream", _SCHEMA, _stream)
 torch.library.register_fake("sparsec::stream", _fake, lib=_LIBRARY)
 
 OVERLOAD = torch.ops.sparsec.stream.default
