@@ -160,6 +160,11 @@ def test_the_op_is_one_for_torch(cm: Any) -> None:
     torch.library.opcheck(op.OVERLOAD, (inputs, operands, group.stream.text()))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert op.OVERLOAD(inputs, operands, group.stream.text())[0].dtype == torch.float32
+        halves = [x.bfloat16() for x in inputs]
+        cast = op.OVERLOAD(halves, operands, group.stream.text())
+    with torch.no_grad():
+        plain = op.OVERLOAD([x.float() for x in halves], operands, group.stream.text())
+    assert all(torch.equal(a, b) for a, b in zip(cast, plain, strict=True))
     text = group.stream.text()
     with pytest.raises(ValueError, match="compiled for"):
         op.OVERLOAD([x[:, :, 1:] for x in inputs], operands, text)

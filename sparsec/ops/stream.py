@@ -75,7 +75,17 @@ def _fake(inputs: list[torch.Tensor], operands: list[torch.Tensor], stream: str)
     return [inputs[0].new_empty((inputs[0].shape[0], *steps.shapes[value])) for value in steps.outputs]
 
 
+def _autocast(inputs: list[torch.Tensor], operands: list[torch.Tensor], stream: str) -> list[torch.Tensor]:
+    """Under autocast activations come in another dtype than the weights were packed in: cast, as for `conv`."""
+    dtype = DTYPES[parse(stream).dtype]
+    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+        return OVERLOAD([x.to(dtype) for x in inputs], operands, stream)  # type: ignore[no-any-return]
+
+
 define(_LIBRARY, "stream", _SCHEMA, _stream)
 torch.library.register_fake("sparsec::stream", _fake, lib=_LIBRARY)
 
 OVERLOAD = torch.ops.sparsec.stream.default
+
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+_LIBRARY.impl("stream", _autocast, "AutocastCPU")
